@@ -1,0 +1,294 @@
+"""HTTP to Label Studio: credentials, timeouts, retries, and failures said in plain words."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+from urllib3.util import Retry
+
+from backend.errors import LabelStudioError
+
+#: Seconds to connect, and to wait for an answer; deleting 10,000 predictions takes Label Studio 36 s.
+TIMEOUT = (5.0, 300.0)
+#: Seconds to connect, and between two pieces, of a file that is not Label Studio's own.
+DOWNLOAD_TIMEOUT = (5.0, 30.0)
+#: Seconds that one file may take in all.
+SLOWEST = 120.0
+#: An access token is renewed this many seconds before it runs out.
+EARLY = 30.0
+
+
+class Credentials(AuthBase):
+    """Adds the key to each request: a legacy token as it is, a personal access token by way of an access token.
+
+    Args:
+        url: where Label Studio is, without a final slash.
+        key: legacy token or personal access token; told apart by their form.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url, self.key = url, key
+        self.renewable = key.count(".") == 2 and key.startswith("eyJ")
+        self.access, self.expires = "", 0.0
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Set the header that Label Studio expects; never sent to another host."""
+        request.headers["Authorization"] = self.header()
+        return request
+
+    def header(self) -> str:
+        """The value of the Authorization header, renewed when it is about to run out."""
+        if not self.renewable:
+            return f"Token {self.key}"
+        if time.time() > self.expires - EARLY:
+            self.renew()
+        return f"Bearer {self.access}"
+
+    def renew(self) -> None:
+        """Trade the personal access token for an access token (valid for minutes).
+
+        Raises:
+            LabelStudioError: it was revoked, or Label Studio does not answer.
+        """
+        path = "/api/token/refresh/"
+        try:
+            answer = requests.post(
+                self.url + path, json={"refresh": self.key}, timeout=TIMEOUT
+            )
+        except requests.RequestException as error:
+            raise unreachable(self.url, error) from error
+        if not answer.ok:
+            raise refused(self.url, "POST", path, answer)
+        self.access = str(parsed(self.url, answer)["access"])
+        self.expires = expiry(self.access)
+
+
+def expiry(token: str) -> float:
+    """When a JWT runs out, in seconds of the epoch; in a minute from now if it does not say."""
+    try:
+        body = token.split(".")[1]
+        return float(
+            json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"]
+        )
+    except (IndexError, KeyError, ValueError, binascii.Error):
+        return time.time() + 60.0 + EARLY
+
+
+class Transport:
+    """Calls Label Studio and returns parsed JSON.
+
+    A connection that could not be made is tried again; a request that may have been carried out is tried again only
+    if doing it twice does no harm (GET, DELETE).
+
+    Args:
+        url: where Label Studio is.
+        key: legacy token or personal access token.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/")
+        self.credentials = Credentials(self.url, key)
+        self.session = requests.Session()
+        again = Retry(
+            total=3,
+            backoff_factor=0.3,
+            status_forcelist=(502, 503, 504),
+            allowed_methods=("GET", "DELETE"),
+            raise_on_status=False,
+        )
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=again))
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        body: object = None,
+        files: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Send one request and return its parsed JSON answer, None when it has no body.
+
+        Raises:
+            LabelStudioError: no connection, or an answer other than 2xx; says what to do about it.
+        """
+        answer = self.raw(method, path, params=params, json=body, files=files)
+        if not answer.ok:
+            raise refused(self.url, method, path, answer)
+        return parsed(self.url, answer) if answer.content else None
+
+    def raw(self, method: str, path: str, **more: Any) -> requests.Response:
+        """Send one request with our credentials; the answer may be of any status.
+
+        Raises:
+            LabelStudioError: no connection.
+        """
+        try:
+            answer = self.session.request(
+                method,
+                self.url + path,
+                auth=self.credentials,
+                timeout=TIMEOUT,
+                allow_redirects=False,
+                **more,
+            )
+        except requests.RequestException as error:
+            raise unreachable(self.url, error) from error
+        return answer
+
+    def download(self, path: str, limit: int) -> bytes:
+        """Bytes of a file; one redirect by Label Studio is followed, without our key unless it stays in Label Studio.
+
+        Raises:
+            LabelStudioError: no connection, an answer other than 2xx, or more than `limit` bytes.
+        """
+        answer = self.raw("GET", path, stream=True)
+        onward = (
+            urljoin(self.url + path, answer.headers["Location"])
+            if answer.is_redirect
+            else ""
+        )
+        if onward:
+            answer.close()
+            answer = (
+                self.raw("GET", onward.removeprefix(self.url), stream=True)
+                if self.owns(onward)
+                else fetch(onward)
+            )
+        with answer:
+            if not answer.ok or answer.is_redirect:
+                raise refused(self.url, "GET", path, answer)
+            return limited(answer, limit)
+
+    def owns(self, url: str) -> bool:
+        """Whether an absolute URL points into this Label Studio."""
+        ours, other = urlsplit(self.url), urlsplit(url)
+        return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
+
+
+def fetch(url: str) -> requests.Response:
+    """Open a URL without any key, not following redirects.
+
+    Raises:
+        LabelStudioError: no connection.
+    """
+    try:
+        return requests.get(
+            url,
+            timeout=DOWNLOAD_TIMEOUT,
+            stream=True,
+            allow_redirects=False,
+            auth=_nobody,
+        )
+    except requests.RequestException as error:
+        host = urlsplit(url).netloc
+        raise LabelStudioError(
+            f"{host} does not answer ({type(error).__name__}): is it reachable from here?"
+        ) from error
+
+
+def _nobody(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request  # given as `auth`, keeps requests from sending what ~/.netrc holds for the host
+
+
+def limited(answer: requests.Response, limit: int) -> bytes:
+    """The body of an answer, read until the size limit or the time limit is passed.
+
+    Raises:
+        LabelStudioError: the body is too big, too slow, or breaks off.
+    """
+    began, parts, size = time.monotonic(), [], 0
+    host = urlsplit(str(answer.url)).netloc
+    try:
+        for part in answer.iter_content(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise LabelStudioError(
+                    f"{host} sent more than {limit / 1e6:.0f} MB: use a smaller file"
+                )
+            if time.monotonic() - began > SLOWEST:
+                raise LabelStudioError(
+                    f"{host} sent {size} bytes in {SLOWEST:.0f} s, too slow to go on"
+                )
+    except requests.RequestException as error:
+        raise LabelStudioError(
+            f"{host} broke off after {size} bytes ({type(error).__name__})"
+        ) from error
+    return b"".join(parts)
+
+
+def parsed(url: str, answer: requests.Response) -> Any:
+    """The JSON of an answer.
+
+    Raises:
+        LabelStudioError: it is something else, a login page for example.
+    """
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise LabelStudioError(
+            f"{url} answered {answer.status_code} with something that is not JSON: is LABEL_STUDIO_URL the address "
+            "of Label Studio itself, without a path behind it?",
+            status=answer.status_code,
+        ) from error
+
+
+def unreachable(url: str, error: Exception) -> LabelStudioError:
+    """No answer from Label Studio."""
+    reason = (
+        "it took too long"
+        if isinstance(error, requests.Timeout)
+        else type(error).__name__
+    )
+    return LabelStudioError(
+        f"Label Studio at {url} does not answer ({reason}): start it, or set LABEL_STUDIO_URL to where it is"
+    )
+
+
+def refused(
+    url: str, method: str, path: str, answer: requests.Response
+) -> LabelStudioError:
+    """An answer other than 2xx, with what Label Studio said about it."""
+    said, status = detail(answer), answer.status_code
+    if status == 401:
+        message = (
+            f"Label Studio at {url} refuses our key ({said}): set LABEL_STUDIO_API_KEY to a personal access token "
+            "(Account & Settings in Label Studio), or switch legacy tokens on for the organisation"
+        )
+    elif 300 <= status < 400:
+        message = (
+            f"Label Studio at {url} sends {method} {path} on to {answer.headers.get('Location')}: set "
+            "LABEL_STUDIO_URL to that address"
+        )
+    else:
+        message = (
+            f"Label Studio at {url} answered {method} {path} with {status}: {said}"
+        )
+    return LabelStudioError(message, status=status)
+
+
+def detail(answer: requests.Response) -> str:
+    """What an error answer says, in at most a few hundred characters."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return answer.reason or "no explanation"
+    if not isinstance(body, dict):
+        return str(body)[:400]
+    invalid = body.get("validation_errors")
+    text = (
+        "; ".join(f"{field}: {faults}" for field, faults in invalid.items())
+        if invalid
+        else body.get("detail")
+    )
+    return str(text or body)[:400]
