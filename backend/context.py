@@ -1,0 +1,53 @@
+"""What every job needs: settings, store, board, Label Studio, images. Built once per process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from backend.images import ImageCache
+from backend.settings import Settings
+from backend.store import Store
+
+from backend.enqueue import Board
+from backend.labelstudio import LabelStudio
+from backend.project import Project
+
+
+@dataclass(frozen=True)
+class Context:
+    """The doors to the outside, one each."""
+
+    settings: Settings
+    store: Store
+    board: Board
+    studio: LabelStudio
+
+    def project(self, project: int) -> Project:
+        """The store's folder of a project."""
+        return Project(self.store, project)
+
+    def images(self, project: int) -> ImageCache:
+        """Images of a project at work resolution; hosts that `attach` recorded are allowed."""
+        hosts = self.project(project).extra().get("image_hosts", [])
+        return ImageCache(
+            Path(self.settings.cache) / f"{self.settings.image_size}",
+            limit_bytes=int(self.settings.cache_gb * 1e9),
+            studio=self.studio,
+            size=self.settings.image_size,
+            allowed_hosts=[*self.settings.allowed_hosts, *hosts],
+        )
+
+
+def connect(settings: Settings) -> Context:
+    """Open the doors that `settings` names; nothing is contacted yet."""
+    key = settings.label_studio_api_key.get_secret_value()
+    studio = LabelStudio(settings.label_studio_url, key)
+    return Context(settings, Store(settings.store), Board(settings.redis_url), studio)
+
+
+@lru_cache(maxsize=1)
+def context() -> Context:
+    """The context of this worker process, from the environment."""
+    return connect(Settings.read())

@@ -1,0 +1,323 @@
+"""`make demo`: the whole loop on real parts, with an annotator played from hidden masks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from backend.annotator import Annotator, Work
+from backend.attach import apply, plan
+from backend.context import Context, connect
+from backend.contactsheet import contact_sheet
+from backend.embedded import Services, start_services
+from backend.errors import FirstRowError, JobError
+from backend.label_config import ProjectConfig, parse
+from backend.learn import is_trained, load_network, network_key
+from backend.project import Project
+from backend.settings import Settings
+from model.data import Folder
+from model.field import write_folder
+from model.metrics import confusion, iou, mean_iou
+from model.scoring import Scorer
+
+log = logging.getLogger(__name__)
+console = Console()
+
+#: Pictures of the rendered field: enough for an order to matter, few enough for two CPU cores.
+POOL, HELD_OUT = 60, 20
+#: Images of the queue's head that are printed and pictured.
+SHOWN = 5
+#: Seconds to wait for a round before giving up.
+PATIENCE = 1800
+#: Settings that let a round end within a minute on two CPU cores.
+QUICK = {"FIRSTROW_IMAGE_SIZE": "320", "FIRSTROW_TRAIN_STEPS": "60"}
+
+LABELS = """<View style="display:flex">
+  <View style="flex:1"><Image name="image" value="$image" zoom="true"/></View>
+  <View style="width:260px;padding-left:8px">
+    <Header value="Full segmentation" size="5"/>
+    <BrushLabels name="seg" toName="image">
+{labels}
+    </BrushLabels>
+  </View>
+</View>"""
+
+
+@dataclass
+class Line:
+    """One line of the demo's table."""
+
+    step: str
+    labelled: int
+    unseen: float
+    held_out: float
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def run(folder: Path, data: Path | None = None, rounds: int = 4, leave: bool = True) -> int:
+    """Play the demo.
+
+    Args:
+        folder: where everything of the demo lives; emptied first.
+        data: a folder laid out like those that `firstrow bench` reads; a field is rendered when None.
+        rounds: full segmentations, one per round.
+        leave: keep everything running at the end, until Ctrl-C.
+
+    Returns:
+        The exit status.
+    """
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    (folder / "run").mkdir(parents=True)
+    with ExitStack() as stack, until_interrupted():
+        images = Folder(data) if data else rendered(folder / "field")
+        services = stack.enter_context(started(folder / "run"))
+        context = connect(Settings.read(services.environment))
+        demo = Demo(context, services, images)
+        demo.play(rounds, folder)
+        if leave:
+            console.print("\nEverything keeps running. Open the address above; [b]Ctrl-C[/b] ends it.")
+            signal.pause()
+    return 0
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Turn SIGTERM into the same orderly end as Ctrl-C."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("\nStopped; nothing is left running.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Services]:
+    """Redis, Label Studio, the web process and a worker."""
+    with console.status("Starting Redis, Label Studio, the web process and a worker ..."):
+        environment = {**QUICK, **{k: v for k, v in os.environ.items() if k.startswith("FIRSTROW_")}}
+        manager = start_services(folder, environment)
+        services = manager.__enter__()
+    try:
+        console.print(f"[b]Label Studio[/b]  {services.studio_url}")
+        console.print(f"[b]Login[/b]         {services.username}  /  {services.password}")
+        yield services
+    finally:
+        manager.__exit__(None, None, None)
+
+
+def rendered(folder: Path) -> Folder:
+    """A rendered field: the target whose masks the demo hides."""
+    if not (folder / "dataset.json").is_file():
+        with console.status("Rendering a field ..."):
+            write_folder(folder, n_train=POOL, n_test=HELD_OUT, style="target", seed=1)
+    return Folder(folder)
+
+
+class Demo:
+    """One project, from upload to contact sheet."""
+
+    def __init__(self, context: Context, services: Services, images: Folder) -> None:
+        self.context, self.services, self.images = context, services, images
+        self.lines: list[Line] = []
+
+    def play(self, rounds: int, folder: Path) -> None:
+        """Make the project, attach it, and label until `rounds` images are segmented."""
+        self.create()
+        self.attach()
+        self.wait("first order", 0)
+        self.show_head("The queue at first")
+        self.coarse_labels()
+        for number in range(1, rounds + 1):
+            self.segment(number)
+        self.show_table()
+        path = folder / "contact-sheet.png"
+        contact_sheet(self.context, self.project, self.head(), path)
+        console.print(f"[b]Contact sheet[/b] {path}")
+        console.print(f"[b]The project[/b]   {self.services.studio_url}/projects/{self.id}/data")
+
+    def create(self) -> None:
+        """A project of pictures, as a team would have it."""
+        classes = self.images.classes
+        labels = "\n".join(f'      <Label value="{name}"/>' for name in classes.fine)
+        made = self.context.studio.create_project(f"First Row: {self.images.title}", LABELS.format(labels=labels))
+        self.id = int(made["id"])
+        names = self.images.names("train")
+        with bar() as progress:
+            task = progress.add_task("Uploading", total=len(names))
+            ids: list[int] = []
+            for name in names:
+                ids += self.context.studio.upload(self.id, [self.images.image_path(name)])
+                progress.advance(task)
+        self.names = dict(zip(ids, names, strict=True))
+
+    def attach(self) -> None:
+        """What `firstrow attach --project ID` does."""
+        groups = {
+            coarse.capitalize(): [self.images.classes.fine[c] for c in members]
+            for coarse, members in zip(self.images.classes.coarse, self.images.classes.groups, strict=True)
+        }
+        todo = plan(self.context.studio, self.id, self.context.settings, groups)
+        apply(self.context.studio, todo)
+        self.context.board.request_round(self.id, "attached")
+        self.project = Project(self.context.store, self.id)
+        self.config: ProjectConfig = parse(self.context.studio.project(self.id)["label_config"], groups)
+        masks = Masks(self.images, self.names, self.config)
+        self.annotator = Annotator(self.context.studio, self.id, self.config, masks)
+
+    def coarse_labels(self) -> None:
+        """Correct cluster guesses until no more are asked for."""
+        while self.context.board.state(self.id)["phase"] == "coarse":
+            asked, before = len(self.context.board.state(self.id)["coarse"]), self.round()
+            for _ in range(asked):
+                work = self.annotator.label_next()
+                if work is None or work.ask != "coarse":
+                    raise JobError("Label Studio served no task with clusters although coarse labels are wanted")
+                console.print(f"  task {work.task}: {work.fixed} of {work.shown} clusters corrected")
+            self.wait("order after coarse labels", before)
+        self.show_head("The queue after coarse labels")
+
+    def segment(self, number: int) -> None:
+        """Segment the task that Label Studio serves; watch the retraining and the new order."""
+        before = self.round()
+        work = self.annotator.label_next()
+        if work is None:
+            raise JobError("Label Studio has no task left to serve")
+        seconds = self.wait(f"round {number}", before)
+        self.lines.append(self.measure(f"round {number}", work, seconds))
+        self.show_head(f"The queue after round {number} (task {work.task} segmented)")
+
+    def measure(self, step: str, work: Work, seconds: float) -> Line:
+        """mIoU of the new label under the model before, and on held-out images under the model now."""
+        curve = self.project.store.read_json(self.project.key("curve.json")) or []
+        unseen = [row["miou"] for row in curve if row["task"] == work.task]
+        held_out = held_out_miou(self.context, self.project, self.config, self.images)
+        labelled = self.context.board.state(self.id)["stages"]["full"]
+        return Line(step, labelled, unseen[-1] if unseen else float("nan"), held_out, seconds)
+
+    def round(self) -> int:
+        """Number of the order in force."""
+        return int(self.context.board.state(self.id).get("round", 0))
+
+    def wait(self, what: str, before: int) -> float:
+        """Wait for an order newer than `before`; returns the seconds since the call."""
+        began, board = time.monotonic(), self.context.board
+        with bar() as progress:
+            task = progress.add_task(what, total=None)
+            while self.round() <= before or board.busy(self.id):
+                error = board.error(self.id)
+                if error and not board.busy(self.id):
+                    raise JobError(f"{error['step']}: {error['message']}")
+                if time.monotonic() - began > PATIENCE:
+                    raise JobError(f"{what}: no new order after {PATIENCE} s; see the worker's log")
+                show_jobs(progress, task, what, board.jobs(self.id))
+                time.sleep(0.2)
+            seconds = time.monotonic() - began
+            progress.update(task, description=f"{what}: {seconds:.1f} s", total=1, completed=1)
+        return seconds
+
+    def head(self) -> list[dict[str, object]]:
+        """The first places of the order in force."""
+        return list(self.project.store.read_json(self.project.key("ranking.json")) or [])[:SHOWN]
+
+    def show_head(self, title: str) -> None:
+        """Print the queue's head, with reasons, beside what Label Studio serves."""
+        served = self.context.studio.next_task(self.id)
+        table = Table(title=title)
+        for name in ("place", "task", "image", "asks for", "utility", "because"):
+            table.add_column(name)
+        for place, row in enumerate(self.head(), 1):
+            parts = row["parts"] if isinstance(row["parts"], dict) else {}
+            because = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+            task = int(str(row["task"]))
+            utility = f"{float(str(row['utility'])):.3g}" if row["utility"] is not None else ""
+            table.add_row(str(place), str(task), self.names[task], str(row["ask"]), utility, because)
+        console.print(table)
+        console.print(f"  Label Studio serves task {served['id'] if served else None} next")
+
+    def show_table(self) -> None:
+        """Print mIoU per round."""
+        table = Table(title="mIoU per round")
+        for name in ("", "segmented", "on the new label, before learning it", "on held-out images", "submit to order"):
+            table.add_column(name)
+        for line in self.lines:
+            unseen = "" if np.isnan(line.unseen) else f"{line.unseen:.3f}"
+            table.add_row(line.step, str(line.labelled), unseen, f"{line.held_out:.3f}", f"{line.seconds:.1f} s")
+        console.print(table)
+
+
+class Masks(Mapping[int, NDArray[np.uint8]]):
+    """Hidden masks by task id, in the order of the project's classes, at the original size."""
+
+    def __init__(self, images: Folder, names: dict[int, str], config: ProjectConfig) -> None:
+        self.images, self.names = images, names
+        self.order = np.full(256, 255, np.uint8)
+        for position, name in enumerate(images.classes.fine):
+            self.order[position] = config.classes.fine.index(name)
+
+    def __getitem__(self, task: int) -> NDArray[np.uint8]:
+        return self.order[self.images.mask(self.names[task], None)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def held_out_miou(context: Context, project: Project, config: ProjectConfig, images: Folder) -> float:
+    """mIoU of the network in force on the held-out images (one confusion matrix over all of them)."""
+    if not is_trained(context, network_key(context, project, config.classes)):
+        return float("nan")
+    scorer = Scorer(load_network(context, project, config.classes)[0], config.classes, "cpu")
+    size, table = context.settings.image_size, np.zeros((len(config.classes.fine),) * 2, np.int64)
+    masks = Masks(images, dict(enumerate(images.names("test")[:HELD_OUT])), config)
+    for number, name in masks.names.items():
+        image = images.image(name, size)
+        target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
+        mask = masks.order[images.mask(masks.names[number], size)]
+        table += confusion(scorer.score(image, target).prediction, mask, len(config.classes.fine))
+    log.debug("held-out IoU %s", iou(table))
+    return float(mean_iou(table))
+
+
+def bar() -> Progress:
+    """A progress bar that stays after it has ended."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+
+
+def show_jobs(progress: Progress, task: object, what: str, jobs: list[dict[str, object]]) -> None:
+    """Show the jobs of the round in one bar."""
+    running = [job for job in jobs if job["status"] == "started"]
+    ended = sum(job["status"] in ("finished", "failed") for job in jobs)
+    step = ", ".join(f"{job['step']} {job['done']}/{job['total']}" for job in running) or "waiting"
+    progress.update(task, description=f"{what}: {step}", total=max(len(jobs), 1), completed=ended)  # type: ignore[arg-type]
+
+
+def main(folder: str, data: str | None, rounds: int, leave: bool, say: Callable[[str], None] = console.print) -> int:
+    """Entry of the `demo` command; faults become one line."""
+    try:
+        return run(Path(folder), Path(data) if data else None, rounds, leave)
+    except FirstRowError as error:
+        say(f"[red]{error}[/red]")
+        return 1

@@ -1,0 +1,199 @@
+"""The jobs of a round, in the order in which they run.
+
+    start_round -> fit_codebook -> prepare (shards) -> plan_round -> train -> score (shards) -> publish -> clean
+
+Each looks at the store, does what is missing and may run again: a worker that dies costs only its job.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
+from backend.errors import FirstRowError
+
+from backend.context import Context, context
+from backend.enqueue import progress
+from backend.learn import read_scores, score_tasks, train_round, untrained_labels
+from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
+from backend.prepare import fit_codebook as fit
+from backend.project import Index, Project, TaskRecord, labelled, pool
+from backend.publish import call_back, clean_generations, publish_order
+from backend.rank import rank
+from backend.sync import listing, refresh_config, sync
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+
+#: Tasks per job when images are read, and when they are scored.
+PREPARE_SHARD, SCORE_SHARD = 64, 64
+
+
+def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[Concatenate[int, P], None]:
+    """A job: logs start and end, and leaves the reason of a failure where `status` looks."""
+
+    @wraps(job)
+    def run(project: int, *args: P.args, **kwargs: P.kwargs) -> None:
+        ctx, began = context(), time.monotonic()
+        log.info("project %d: %s starts", project, job.__name__)
+        try:
+            job(ctx, ctx.project(project), *args, **kwargs)
+        except Exception as error:
+            known = isinstance(error, FirstRowError)
+            reason = str(error) if known else f"{type(error).__name__}: {error} (the worker's log says more)"
+            log.error("project %d: %s failed: %s", project, job.__name__, reason, exc_info=not known)
+            ctx.board.fail(project, job.__name__, reason)
+            ctx.board.abandon(project, job.__name__)
+            raise
+        log.info("project %d: %s ends after %.1f s", project, job.__name__, time.monotonic() - began)
+
+    return run
+
+
+@step
+def start_round(ctx: Context, project: Project) -> None:
+    """See what changed in Label Studio, and queue the reading of it."""
+    forced = ctx.board.begin(project.id)
+    ctx.board.clear_error(project.id)
+    config = refresh_config(ctx, project)
+    index, read = sync(ctx, project, config)
+    project.save_index(index)
+    number = next_number(ctx, project)
+    after = []
+    if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
+        after = [ctx.board.enqueue("fit_codebook", project.id)]
+    todo = sorted(read | {r.id for r in index.values() if r.stage != "full" and not ready(ctx, project, r)})
+    shards = [
+        ctx.board.enqueue("prepare", project.id, number, n, ids, sorted(read & set(ids)), after=after)
+        for n, ids in enumerate(split(todo, PREPARE_SHARD))
+    ]
+    ctx.board.enqueue("plan_round", project.id, number, forced, after=[*after, *shards])
+
+
+@step
+def fit_codebook(ctx: Context, project: Project) -> None:
+    """Find the clusters of the pool."""
+    fit(ctx, project, project.index())
+
+
+@step
+def prepare(ctx: Context, project: Project, number: int, shard: int, ids: list[int], read: list[int]) -> None:
+    """Read labels and make cluster maps of one shard; its records wait for `plan_round`."""
+    index, config, found = project.index(), project.config(), []
+    for done, task in enumerate(ids):
+        record = prepare_task(ctx, project, config, index.get(task, TaskRecord(task)), task in set(read))
+        found.append({"id": task, "gone": True} if record is None else record.to_json())
+        progress(done + 1, len(ids))
+    project.store.write_json(project.key("prepared", number, f"{shard}.json"), found)
+
+
+@step
+def plan_round(ctx: Context, project: Project, number: int, forced: bool) -> None:
+    """Take in what was read, count the votes, and queue what the new order needs."""
+    index, config = merge(project, number), project.config()
+    project.save_index(index)
+    ctx.board.taken(project.id)
+    count_votes(ctx, project, index, config)
+    due = forced or len(untrained_labels(project, index)) >= ctx.settings.retrain_every
+    if due and labelled(index):
+        after = [ctx.board.enqueue("train", project.id, number)]
+        ctx.board.enqueue("plan_scores", project.id, number, after=after)
+    else:
+        queue_scores(ctx, project, index, number)
+
+
+@step
+def train(ctx: Context, project: Project, number: int) -> None:
+    """Learn from all annotations there are."""
+    train_round(ctx, project, project.index(), project.config(), f"model-{number}")
+
+
+@step
+def plan_scores(ctx: Context, project: Project, number: int) -> None:
+    """Queue the scoring by the network that was just trained."""
+    queue_scores(ctx, project, project.index(), number)
+
+
+@step
+def score(ctx: Context, project: Project, number: int, ids: list[int]) -> None:
+    """Score one shard of the pool."""
+    index = project.index()
+    score_tasks(ctx, project, [index[i] for i in ids if i in index], project.config())
+
+
+@step
+def publish(ctx: Context, project: Project, number: int) -> None:
+    """Rank the pool, and have Label Studio serve it in that order."""
+    index, config = project.index(), project.config()
+    places = rank(ctx, project, index, config)
+    if places:
+        index = call_back(ctx, project, index, places)
+        project.save_index(index)
+    publish_order(ctx, project, index, config, places, number)
+    ctx.board.finish(project.id)
+    ctx.board.enqueue("clean", project.id)
+
+
+@step
+def clean(ctx: Context, project: Project) -> None:
+    """Delete what earlier rounds published."""
+    clean_generations(ctx, project)
+
+
+@step
+def reconcile(ctx: Context, project: Project) -> None:
+    """Find in Label Studio what lost events would have told, and rounds that were lost."""
+    ctx.board.reconciled(project.id)
+    index = project.index()
+    config = refresh_config(ctx, project)
+    found, read = listing(ctx, project, config, index)
+    gone = set(index) - set(found)
+    ctx.board.remember(project.id, read | gone | (set(found) - set(index)))
+    if ctx.board.rescue(project.id):
+        return
+    if read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
+        ctx.board.request_round(project.id, "reconcile")
+
+
+def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:
+    """Queue the scoring of every image that has no comparable score yet, then the publishing."""
+    config = project.config()
+    scores = read_scores(ctx, project, config, index)
+    have = set(scores.rows)
+    todo = [r.id for r in [*pool(index), *labelled(index)] if r.id not in have and not r.error]
+    shards = [ctx.board.enqueue("score", project.id, number, ids) for ids in split(todo, SCORE_SHARD)]
+    ctx.board.enqueue("publish", project.id, number, after=shards)
+
+
+def merge(project: Project, number: int) -> Index:
+    """The index with the records that the shards of this round left; those stay until the index is safe."""
+    index = project.index()
+    for key in project.store.list(project.key("prepared", number)):
+        for row in project.store.read_json(key) or []:
+            if row.get("gone"):
+                index.pop(row["id"], None)
+            else:
+                index[row["id"]] = TaskRecord.from_json(row)
+    return index
+
+
+def next_number(ctx: Context, project: Project) -> int:
+    """This round's number: higher than any that Label Studio or the store has seen."""
+    seen = [int(project.state().get("round", 0)), int(project.extra().get("round", 0))]
+    return max(seen) + 1
+
+
+def ready(ctx: Context, project: Project, record: TaskRecord) -> bool:
+    """Whether a pool task has all that ranking needs, or was found unusable for a reason that has not changed."""
+    if record.error:
+        return True
+    clusters = clusters_name(ctx, project)
+    return record.size != (0, 0) and bool(clusters) and project.store.exists(project.cluster_key(clusters, record.id))
+
+
+def split(ids: Sequence[int], size: int) -> list[list[int]]:
+    """Chunks of at most `size`."""
+    return [list(ids[i : i + size]) for i in range(0, len(ids), size)]

@@ -1,0 +1,311 @@
+"""Train the project's network, and score its images with it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from backend.errors import FirstRowError, JobError
+from backend.label_config import ProjectConfig
+from model.classes import Classes
+from model.metrics import confusion, mean_iou
+from model.network import Network, build_available, load, save
+from model.pseudo import fine_target
+from model.scoring import ImageScore, Scorer
+from model.training import Recipe, train
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.prepare import clusters_name, target_of
+from backend.project import Index, Project, TaskRecord, labelled, pool
+
+log = logging.getLogger(__name__)
+
+#: Weakly labelled images that one training draws from; more do not fit into the steps of one round.
+WEAK_IMAGES = 200
+#: Checkpoints kept: the one in force, and some to go back to.
+KEEP_MODELS = 3
+#: The float columns of a score file, in order.
+COLUMNS = tuple(f.name for f in fields(ImageScore) if f.type in ("float", float))
+
+
+def device() -> str:
+    """CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One image and its target, read from cache and store when a batch needs it."""
+
+    ctx: Context
+    project: Project
+    record: TaskRecord
+    target: NDArray[np.uint8]
+
+    def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Image (H, W, 3) and target (H, W), rows of `Classes.sets`."""
+        image, _ = self.ctx.images(self.project.id).get(self.project.id, self.record.id, self.record.image)
+        return image, self.target
+
+
+def model_info(project: Project) -> dict[str, Any]:
+    """The model in force: version, trained (task -> label version), classes, note; empty before the first."""
+    return dict(project.store.read_json(project.key("model.json")) or {})
+
+
+def untrained_labels(project: Project, index: Index) -> list[TaskRecord]:
+    """Full annotations that the model in force has not learnt from, as they now are."""
+    trained = model_info(project).get("trained", {})
+    return [record for record in labelled(index) if trained.get(str(record.id)) != record.version]
+
+
+def network_key(ctx: Context, project: Project, classes: Classes) -> str:
+    """Names the network that scores now: the trained version, the given checkpoint, or the bare backbone."""
+    info = model_info(project)
+    if info.get("classes") == list(classes.fine):
+        return str(info["version"])
+    source = f"{ctx.settings.network}:{ctx.settings.checkpoint}:{classes.fine}"
+    return f"source-{hashlib.sha1(source.encode()).hexdigest()[:8]}"
+
+
+def is_trained(ctx: Context, key: str) -> bool:
+    """Whether the network of that name has learnt these classes (so that its mask is worth showing)."""
+    return not key.startswith("source-") or bool(ctx.settings.checkpoint)
+
+
+def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Network, str]:
+    """The network that scores now, and a plain sentence when it is not the one that was asked for."""
+    key = network_key(ctx, project, classes)
+    data = project.store.read(project.key("models", f"{key}.safetensors"))
+    if data is not None:
+        return network_from(data), str(model_info(project).get("note", ""))
+    if ctx.settings.checkpoint:
+        return source_network(ctx.settings.checkpoint, classes), ""
+    network, note = build_available(ctx.settings.network, len(classes.fine))
+    network_to(project, key, network, classes, ctx)
+    if note:
+        log.warning("project %d: %s", project.id, note)
+        project.store.write_json(project.key("model.json"), {**model_info(project), "note": note})
+    return network, note or ""
+
+
+def source_network(checkpoint: str, classes: Classes) -> Network:
+    """The checkpoint that the team starts from.
+
+    Raises:
+        JobError: it is missing, or was trained for another number of classes.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise JobError(f"FIRSTROW_CHECKPOINT names {checkpoint}, which is not a file here: give a path all workers see")
+    network = load(path)
+    if network.num_classes != len(classes.fine):
+        raise JobError(
+            f"the checkpoint {checkpoint} knows {network.num_classes} classes, the project has {len(classes.fine)} "
+            f"({', '.join(classes.fine)}): give one trained for these classes, or none"
+        )
+    return network
+
+
+def network_from(data: bytes) -> Network:
+    """A network from the bytes of its safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(data)
+        return load(path)
+
+
+def network_to(project: Project, version: str, network: Network, classes: Classes, ctx: Context) -> None:
+    """Keep a network in the store."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save(network, path, {"classes": "\n".join(classes.fine), "image_size": str(ctx.settings.image_size)})
+        project.store.write(project.key("models", f"{version}.safetensors"), path.read_bytes())
+
+
+def train_round(ctx: Context, project: Project, index: Index, config: ProjectConfig, version: str) -> None:
+    """Learn from every full annotation and the pool's coarse labels; the outcome becomes the model in force."""
+    new = untrained_labels(project, index)
+    test_then_train(ctx, project, new, config, version)
+    network, note = base_network(ctx, project, config.classes)
+    full, weak = full_samples(ctx, project, index, config), weak_samples(ctx, project, index, config)
+    recipe = Recipe(steps=ctx.settings.train_steps, seed=len(full))
+    network = train(
+        network, full, weak, config.classes, recipe, device(), lambda done, total, loss: progress(done, total)
+    )
+    network_to(project, version, network, config.classes, ctx)
+    trained = {str(record.id): record.version for record in labelled(index)}
+    info = {"version": version, "trained": trained, "classes": list(config.classes.fine), "note": note}
+    project.store.write_json(project.key("model.json"), info)
+    prune_models(project, version)
+    log.info("project %d: %s trained on %d full and %d coarse images", project.id, version, len(full), len(weak))
+
+
+def base_network(ctx: Context, project: Project, classes: Classes) -> tuple[Network, str]:
+    """Where a training starts: the given checkpoint each time, else the model in force."""
+    if ctx.settings.checkpoint:
+        return source_network(ctx.settings.checkpoint, classes), ""
+    return load_network(ctx, project, classes)
+
+
+def full_samples(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[StoredSample]:
+    """Images with a full annotation."""
+    found = []
+    for record in labelled(index):
+        mask = project.store.read_map(project.label_key(record.id))
+        if mask is not None:
+            found.append(StoredSample(ctx, project, record, fine_target(mask, config.classes)))
+    return found
+
+
+def weak_samples(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[StoredSample]:
+    """A bounded draw of pool images that their coarse labels say something about."""
+    clusters, decided = clusters_name(ctx, project), project.decided()
+    rng = np.random.default_rng([project.id, len(index)])
+    found: list[StoredSample] = []
+    for record in rng.permutation(np.array(pool(index), dtype=object)):
+        target = None if record.error else target_of(project, record, clusters, decided, config)
+        if target is not None and (target != config.classes.any_row).any():
+            found.append(StoredSample(ctx, project, record, target))
+        if len(found) == WEAK_IMAGES:
+            break
+    return found
+
+
+def test_then_train(
+    ctx: Context, project: Project, new: Sequence[TaskRecord], config: ProjectConfig, version: str
+) -> None:
+    """Score new annotations by the model that has not seen them: a learning curve without a held-out set."""
+    key = network_key(ctx, project, config.classes)
+    if not is_trained(ctx, key):
+        return
+    curve = project.store.read_json(project.key("curve.json")) or []
+    for record in new:
+        seen = project.prediction(key, record.id)
+        mask = project.store.read_map(project.label_key(record.id))
+        if seen is None or mask is None:
+            continue
+        table = confusion(seen[0], mask, len(config.classes.fine))
+        curve.append(
+            {
+                "task": record.id,
+                "model": key,
+                "trained_on": len(model_info(project).get("trained", {})),
+                "miou": float(mean_iou(table)),
+                "confusion": table.tolist(),
+            }
+        )
+    project.store.write_json(project.key("curve.json"), curve)
+
+
+def prune_models(project: Project, keep: str) -> None:
+    """Delete old checkpoints and what only they explain."""
+    names = sorted(project.store.list(project.key("models")), key=lambda key: (len(key), key))
+    old = [name for name in names if not name.endswith(f"/{keep}.safetensors")][: -(KEEP_MODELS - 1)]
+    for name in old:
+        version = name.rsplit("/", 1)[-1].removesuffix(".safetensors")
+        project.store.delete(name)
+        project.store.delete_prefix(project.key("predictions", version))
+
+
+@lru_cache(maxsize=2)
+def scorer(ctx: Context, project: Project, key: str, classes: Classes) -> Scorer:
+    """The network of that name, ready to score: loaded once per worker and version."""
+    return Scorer(load_network(ctx, project, classes)[0], classes, device())
+
+
+def scores_key(ctx: Context, project: Project, config: ProjectConfig) -> str:
+    """Names scores that may be compared: same network, same meaning of the clusters, same classes."""
+    clusters, decided = clusters_name(ctx, project), project.decided().tobytes()
+    said = f"{clusters}:{decided!r}:{config.classes}:{ctx.settings.image_size}"
+    return f"{network_key(ctx, project, config.classes)}-{hashlib.sha1(said.encode()).hexdigest()[:12]}"
+
+
+def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig) -> None:
+    """Score images and keep scores, embeddings and the network's masks in the store."""
+    key, folder = network_key(ctx, project, config.classes), scores_key(ctx, project, config)
+    network, rows, kept = scorer(ctx, project, key, config.classes), [], []
+    for done, (record, image, target) in enumerate(inputs(ctx, project, records, config)):
+        score = network.score(image, target)
+        project.save_prediction(key, record.id, score.prediction, score.confidence)
+        rows.append(score)
+        kept.append(record)
+        progress(done + 1, len(records))
+    if kept:
+        name = hashlib.sha1(repr([(r.id, r.version) for r in kept]).encode()).hexdigest()[:16]
+        project.store.write_arrays(project.key("scores", folder, f"{name}.npz"), as_arrays(kept, rows))
+
+
+def inputs(
+    ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig
+) -> Iterator[tuple[TaskRecord, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Each usable image with its target: the annotation mask where there is one, else the pseudo ground truth."""
+    clusters, decided = clusters_name(ctx, project), project.decided()
+    for record in records:
+        try:
+            image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
+        except FirstRowError as error:
+            log.warning("project %d, task %d is not scored: %s", project.id, record.id, error)
+            continue
+        mask = project.store.read_map(project.label_key(record.id)) if record.labelled else None
+        target = (
+            target_of(project, record, clusters, decided, config)
+            if mask is None
+            else np.asarray(fine_target(mask, config.classes), np.uint8)
+        )
+        if target is None:
+            target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
+        yield record, image, target
+
+
+def as_arrays(records: Sequence[TaskRecord], scores: Sequence[ImageScore]) -> dict[str, NDArray[Any]]:
+    """A score file: ids, label versions, the float columns, embeddings and features."""
+    return {
+        "task": np.array([r.id for r in records], np.int64),
+        "version": np.array([r.version for r in records], "U12"),
+        "columns": np.array([[getattr(s, name) for name in COLUMNS] for s in scores], np.float64),
+        "embedding": np.stack([s.embedding for s in scores]).astype(np.float32),
+        "features": np.stack([s.features for s in scores]).astype(np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of many tasks under one network and one meaning of the clusters, by task id."""
+
+    rows: dict[int, int]
+    columns: NDArray[np.float64]
+    embedding: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+    def column(self, name: str, tasks: Sequence[int]) -> NDArray[np.float64]:
+        """(N,) one score of each task."""
+        return self.columns[[self.rows[t] for t in tasks], COLUMNS.index(name)]
+
+
+def read_scores(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> Scores:
+    """All scores that may be compared now, of tasks whose labels are still as they were when scored."""
+    parts: list[dict[str, NDArray[Any]]] = []
+    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
+        part = project.store.read_arrays(key)
+        if part is not None:
+            parts.append(part)
+    if not parts:
+        return Scores({}, np.zeros((0, len(COLUMNS))), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = {
+        int(task): row
+        for row, (task, version) in enumerate(zip(joined["task"], joined["version"], strict=True))
+        if int(task) in index and index[int(task)].version == str(version)
+    }
+    return Scores(rows, joined["columns"], joined["embedding"], joined["features"])

@@ -1,0 +1,169 @@
+"""Images -> cluster maps, and people's votes -> what each cluster means."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from backend.errors import FirstRowError
+from backend.label_config import ProjectConfig
+from model.classes import UNKNOWN
+from model.clusters import (
+    DEFAULT_K,
+    cluster_map,
+    fit,
+    fit_image,
+    sample_pixels,
+)
+from model.pseudo import cluster_votes, decide, pseudo_ground_truth
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.project import Index, Project, TaskRecord, labelled, with_error
+from backend.sync import read_task
+
+log = logging.getLogger(__name__)
+
+#: The codebook is fitted to this many pixels of this many images; more changes the centres less than a restart does.
+SAMPLE_IMAGES, SAMPLE_PIXELS = 200, 500
+#: The codebook is fitted again when the pool has grown by this factor: new fields bring new colours.
+GROWTH = 2.0
+#: A region smaller than this share of an image says little about what its cluster is.
+SMALLEST_VOTE = 0.001
+
+
+def codebook_is_stale(project: Project, tasks: int) -> bool:
+    """Whether there is no codebook yet, or the pool has outgrown it."""
+    saved = project.store.read_json(project.key("codebook.json"))
+    return not saved or tasks > GROWTH * max(saved["tasks"], 1)
+
+
+def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
+    """Fit the pool's clusters to a bounded sample of its pixels and keep them."""
+    rng = np.random.default_rng(project.id)
+    ids = rng.permutation(sorted(index))[:SAMPLE_IMAGES]
+    images, samples = ctx.images(project.id), []
+    for done, task in enumerate(ids):
+        record = index[int(task)]
+        try:
+            image, _ = images.get(project.id, record.id, record.image)
+        except FirstRowError:
+            continue  # said in the task's record when its cluster map is made
+        samples.append(sample_pixels(image, SAMPLE_PIXELS, rng))
+        progress(done + 1, len(ids))
+    if samples:
+        book = fit(np.concatenate(samples), DEFAULT_K, rng)
+        project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(index)})
+
+
+def prepare_task(
+    ctx: Context, project: Project, config: ProjectConfig, record: TaskRecord, read: bool
+) -> TaskRecord | None:
+    """Read a person's labels of the task if they may have changed, and make its cluster map if there is none.
+
+    Returns:
+        The record, or None when the task is gone. A fault of this task alone is left in `record.error`.
+    """
+    if read:
+        found = read_task(ctx, project, config, record)
+        if found is None or found.error:
+            return found
+        record = found
+    clusters = clusters_name(ctx, project)
+    if not clusters or (record.size != (0, 0) and project.store.exists(project.cluster_key(clusters, record.id))):
+        return record
+    try:
+        return cluster_task(ctx, project, record, clusters)
+    except FirstRowError as error:
+        log.warning("project %d, task %d: %s", project.id, record.id, error)
+        return with_error(record, error)
+
+
+def clusters_name(ctx: Context, project: Project) -> str:
+    """Names the clusters in force: the codebook's version, or the way of clustering each image by itself."""
+    if ctx.settings.clusters == "image":
+        return f"image-{DEFAULT_K}"
+    book = project.codebook()
+    return book.version if book else ""
+
+
+def cluster_task(ctx: Context, project: Project, record: TaskRecord, clusters: str) -> TaskRecord:
+    """Make and keep the cluster map of one image."""
+    image, size = ctx.images(project.id).get(project.id, record.id, record.image)
+    book = project.codebook() if ctx.settings.clusters == "codebook" else None
+    book = book or fit_image(image, DEFAULT_K, np.random.default_rng(record.id))
+    project.store.write_map(project.cluster_key(clusters, record.id), cluster_map(image, book))
+    return replace(record, size=size)
+
+
+def count_votes(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> NDArray[np.uint8]:
+    """Count the votes of everything that people have labelled, and keep the outcome.
+
+    Clusters that nobody named in a coarse label are named by full annotations where those agree. With clusters of
+    each image by itself there is nothing to vote on: only the image's own labels count.
+
+    Returns:
+        (k,) coarse class of each cluster, MIXED or UNKNOWN.
+    """
+    clusters = clusters_name(ctx, project)
+    if ctx.settings.clusters == "image" or not clusters:
+        return np.full(DEFAULT_K, UNKNOWN, np.uint8)
+    voters = [record for record in index.values() if record.coarse and not record.error]
+    decided = tally(votes_of(project, r, clusters, project.own_coarse(r), config) for r in voters)
+    if (decided == UNKNOWN).any():
+        full = tally(votes_of(project, r, clusters, implied(project, r, config), config) for r in labelled(index))
+        decided = np.where(decided == UNKNOWN, full, decided).astype(np.uint8)
+    project.store.write_json(project.key("votes.json"), {"decided": decided.tolist(), "voters": len(voters)})
+    return decided
+
+
+def tally(votes: Iterable[NDArray[np.int64]]) -> NDArray[np.uint8]:
+    """(k,) what the votes agree on."""
+    return np.asarray(decide(np.array(list(votes), np.int64).reshape(-1, DEFAULT_K)), np.uint8)
+
+
+def implied(project: Project, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
+    """(H, W) the coarse mask that a full annotation implies."""
+    fine = project.store.read_map(project.label_key(record.id))
+    table = np.full(256, UNKNOWN, np.uint8)
+    table[: len(config.classes.fine)] = config.classes.coarse_of
+    return None if fine is None else table[fine]
+
+
+def votes_of(
+    project: Project, record: TaskRecord, clusters: str, own: NDArray[np.uint8] | None, config: ProjectConfig
+) -> NDArray[np.int64]:
+    """(k,) what one task's labels say about each cluster; clusters that hardly occur in it say nothing."""
+    labels = project.store.read_map(project.cluster_key(clusters, record.id))
+    if labels is None or own is None:
+        return np.full(DEFAULT_K, UNKNOWN)
+    votes = np.asarray(cluster_votes(labels, own, DEFAULT_K, len(config.classes.coarse)), np.int64)
+    votes[count_clusters(labels) < SMALLEST_VOTE * labels.size] = UNKNOWN
+    return votes
+
+
+def target_of(
+    project: Project, record: TaskRecord, clusters: str, decided: NDArray[np.uint8], config: ProjectConfig
+) -> NDArray[np.uint8] | None:
+    """(H, W) pseudo ground truth of a pool task as rows of `Classes.sets`; None before it has clusters."""
+    labels = project.store.read_map(project.cluster_key(clusters, record.id))
+    if labels is None:
+        return None
+    return np.asarray(pseudo_ground_truth(labels, decided, project.own_coarse(record), config.classes), np.uint8)
+
+
+def histograms(project: Project, records: Iterable[TaskRecord], clusters: str) -> NDArray[np.int64]:
+    """(T, k) pixels of each cluster in each task; zeros where a task has no cluster map."""
+    rows = []
+    for record in records:
+        labels = project.store.read_map(project.cluster_key(clusters, record.id))
+        rows.append(np.zeros(DEFAULT_K, np.int64) if labels is None else count_clusters(labels))
+    return np.array(rows, np.int64).reshape(-1, DEFAULT_K)
+
+
+def count_clusters(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(k,) pixels of each cluster in a cluster map."""
+    return np.bincount(labels.ravel(), minlength=DEFAULT_K)[:DEFAULT_K]

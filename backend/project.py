@@ -1,0 +1,193 @@
+"""What we hold of one project in the store, and where. All of it can be rebuilt from Label Studio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from backend.label_config import ProjectConfig, parse
+from backend.store import Store
+from model.classes import MIXED, UNKNOWN
+from model.clusters import DEFAULT_K, Codebook
+from numpy.typing import NDArray
+
+Stage = Literal["new", "coarse", "returned", "full"]
+#: `model_version` of the predictions that keep a person's coarse labels after their annotation was deleted.
+COARSE_COPY = "coarse-labels"
+#: Places at the head of the queue for which coarse-labelled tasks are called back and prelabels travel along.
+HEAD = 10
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One task as last seen in Label Studio.
+
+    Attributes:
+        id: Label Studio's task id.
+        image: the task's value of the image key, empty when it has none.
+        updated_at: Label Studio's time stamp of the task.
+        stage: `new` (no annotation), `coarse` (only clusters labelled, so Label Studio does not serve it),
+            `returned` (coarse labels copied to a prediction, open for full segmentation), `full`.
+        annotation: id of the annotation (or of the copy, for `returned`) that our masks come from.
+        version: changes whenever a person's labels of this task change.
+        size: width and height of the original image in pixels, (0, 0) until it was read.
+        error: why this task takes no part, in a sentence; empty when all is well.
+        coarse: whether there is a coarse mask in the store.
+    """
+
+    id: int
+    image: str = ""
+    updated_at: str = ""
+    stage: Stage = "new"
+    annotation: int = 0
+    version: str = ""
+    size: tuple[int, int] = (0, 0)
+    error: str = ""
+    coarse: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> TaskRecord:
+        """The inverse of `to_json`."""
+        return cls(**{**row, "size": tuple(row["size"])})
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a full annotation can be trained on."""
+        return self.stage == "full" and not self.error
+
+    @property
+    def in_pool(self) -> bool:
+        """Whether Label Studio has yet to see this task segmented."""
+        return self.stage != "full"
+
+
+Index = dict[int, TaskRecord]
+
+
+@dataclass(frozen=True)
+class Project:
+    """The store's folder of one project.
+
+    Args:
+        store: where derived things live.
+        id: Label Studio's project id.
+    """
+
+    store: Store
+    id: int
+
+    def key(self, *parts: object) -> str:
+        """The store key of one of this project's things."""
+        return "/".join(["projects", str(self.id), *map(str, parts)])
+
+    def save_config(self, label_config: str, extra: Mapping[str, Any]) -> None:
+        """Keep the label config and what `attach` recorded in Label Studio (`extra`)."""
+        self.store.write_json(self.key("config.json"), {"label_config": label_config, "extra": dict(extra)})
+
+    def config(self) -> ProjectConfig:
+        """The label config as last seen, with the project's coarse groups.
+
+        Raises:
+            ConfigError: it cannot be used, or none was ever saved (then with an empty config's message).
+        """
+        saved = self.store.read_json(self.key("config.json")) or {}
+        return parse(saved.get("label_config", ""), saved.get("extra", {}).get("groups"))
+
+    def extra(self) -> dict[str, Any]:
+        """What `attach` recorded in Label Studio: groups, image hosts, what was there before."""
+        saved = self.store.read_json(self.key("config.json")) or {}
+        return dict(saved.get("extra", {}))
+
+    def index(self) -> Index:
+        """Every task of the project as last seen, by id."""
+        rows = self.store.read_json(self.key("index.json")) or []
+        return {row["id"]: TaskRecord.from_json(row) for row in rows}
+
+    def save_index(self, index: Index) -> None:
+        """Replace the index."""
+        self.store.write_json(self.key("index.json"), [index[i].to_json() for i in sorted(index)])
+
+    def codebook(self) -> Codebook | None:
+        """The pool's clusters, None before the first fit."""
+        saved = self.store.read_json(self.key("codebook.json"))
+        return Codebook.from_json(saved["codebook"]) if saved else None
+
+    def cluster_key(self, clusters: str, task: int) -> str:
+        """Where the cluster map of a task lies; `clusters` names the way it was made."""
+        return self.key("clusters", clusters, f"{task}.png")
+
+    def coarse_key(self, task: int) -> str:
+        """Where the coarse mask that a person gave a task lies."""
+        return self.key("coarse", f"{task}.png")
+
+    def label_key(self, task: int) -> str:
+        """Where the annotation mask (fine classes) of a task lies."""
+        return self.key("labels", f"{task}.png")
+
+    def prediction_key(self, model: str, task: int) -> str:
+        """Where the network's mask of a task lies (class and confidence, side by side)."""
+        return self.key("predictions", model, f"{task}.png")
+
+    def save_prediction(self, model: str, task: int, prediction: NDArray[np.uint8], sure: NDArray[np.uint8]) -> None:
+        """Keep the network's class (H, W) and confidence (H, W, 0..255) of every pixel."""
+        self.store.write_map(self.prediction_key(model, task), np.hstack([prediction, sure]))
+
+    def prediction(self, model: str, task: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """The network's class and confidence of every pixel, None when not scored by this model."""
+        both = self.store.read_map(self.prediction_key(model, task)) if model else None
+        if both is None:
+            return None
+        return both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+
+    def state(self) -> dict[str, Any]:
+        """The small state written at each publish; empty before the first."""
+        return dict(self.store.read_json(self.key("state.json")) or {})
+
+    def decided(self) -> NDArray[np.uint8]:
+        """(k,) coarse class of each cluster by the votes so far; MIXED and UNKNOWN allow every class."""
+        saved = self.store.read_json(self.key("votes.json")) or {}
+        return np.array(saved.get("decided", [UNKNOWN] * DEFAULT_K), np.uint8)
+
+    def own_coarse(self, record: TaskRecord) -> NDArray[np.uint8] | None:
+        """The coarse mask that a person gave this task, None without one."""
+        return self.store.read_map(self.coarse_key(record.id)) if record.coarse else None
+
+
+def pool(index: Index) -> list[TaskRecord]:
+    """Tasks still to be segmented, by id."""
+    return [index[i] for i in sorted(index) if index[i].in_pool]
+
+
+def labelled(index: Index) -> list[TaskRecord]:
+    """Tasks with a usable full annotation, by id."""
+    return [index[i] for i in sorted(index) if index[i].labelled]
+
+
+def stages(index: Index) -> dict[str, int]:
+    """How many tasks are in each stage, and how many have an error."""
+    counts = {stage: 0 for stage in ("new", "coarse", "returned", "full")}
+    for record in index.values():
+        counts[record.stage] += 1
+    return {**counts, "unusable": sum(bool(record.error) for record in index.values())}
+
+
+def deleted_tasks(index: Index, annotations: Iterable[int]) -> set[int]:
+    """Tasks whose annotation is among the deleted ones."""
+    gone = set(annotations)
+    return {record.id for record in index.values() if record.annotation in gone and record.stage in ("coarse", "full")}
+
+
+def with_error(record: TaskRecord, error: Exception) -> TaskRecord:
+    """The record, taking no part because of `error`."""
+    return replace(record, error=str(error) or type(error).__name__)
+
+
+def known(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(H, W) pixels of a coarse mask that name one coarse class."""
+    return np.asarray(mask < min(MIXED, UNKNOWN))

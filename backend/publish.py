@@ -1,0 +1,177 @@
+"""The order -> Label Studio: rank predictions, an atomic flip, old generations removed afterwards."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from backend.attach import credentials, our_backend
+from backend.errors import JobError, LabelStudioError
+from backend.label_config import ProjectConfig
+
+from backend.context import Context
+from backend.learn import is_trained, model_info, network_key
+from backend.prelabels import regions
+from backend.prepare import clusters_name
+from backend.project import COARSE_COPY, HEAD, Index, Project, TaskRecord, stages
+from backend.rank import Place, guesses
+
+log = logging.getLogger(__name__)
+
+#: Rank predictions, and versions that `/setup` names, start like this and end in the round's number.
+QUEUE, VERSION = "first-row", "seg"
+#: Predictions per request: well below Label Studio's request limit, even with prelabels for the head.
+CHUNK = 5000
+
+
+def queue_name(number: int) -> str:
+    """Title of our ML backend, and version of the rank predictions, in round `number`."""
+    return f"{QUEUE}-{number}"
+
+
+def publish_order(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig, places: Sequence[Place], number: int
+) -> dict[str, Any]:
+    """Have Label Studio serve exactly these places, in this order.
+
+    Everything is put in place under a new name first; one request then makes it the order in force. A round that
+    dies in between leaves the old order; the next one starts over.
+
+    Returns:
+        The project's new state, already stored.
+    """
+    backend = our_backend(ctx.studio, project.id, ctx.settings)
+    if backend is None:
+        raise JobError(
+            f"project {project.id} has no ML backend at {ctx.settings.url}: run `firstrow attach --project {project.id}`"
+        )
+    state = new_state(ctx, project, index, config, places, number)
+    ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
+    project.store.write_json(project.key("state.json"), state)
+    travelling = prelabels_travel(ctx, project, backend)
+    send(ctx, project, config, places, state, travelling)
+    flip(ctx, project, backend, state["queue"])
+    project.store.write_json(project.key("ranking.json"), [asdict(place) for place in places])
+    return state
+
+
+def new_state(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig, places: Sequence[Place], number: int
+) -> dict[str, Any]:
+    """The small state that the web process answers from."""
+    key = network_key(ctx, project, config.classes)
+    coarse = {str(p.task): guesses(ctx, project, index[p.task], config) for p in places if p.ask == "coarse"}
+    return {
+        "round": number,
+        "queue": queue_name(number),
+        "version": f"{VERSION}-{number}",
+        "model": key if is_trained(ctx, key) else "",
+        "clusters": clusters_name(ctx, project),
+        "phase": "coarse" if coarse else "full",
+        "coarse": coarse,
+        "stages": stages(index),
+        "note": model_info(project).get("note", ""),
+        "published": time.time(),
+        "tasks": len(places),
+    }
+
+
+def prelabels_travel(ctx: Context, project: Project, backend: dict[str, Any]) -> bool:
+    """Whether prelabels must travel with the ranking: Label Studio asks only the first ML backend ever connected."""
+    return min(int(b["id"]) for b in ctx.studio.ml_backends(project.id)) != int(backend["id"])
+
+
+def send(
+    ctx: Context,
+    project: Project,
+    config: ProjectConfig,
+    places: Sequence[Place],
+    state: dict[str, Any],
+    travelling: bool,
+) -> None:
+    """Import one rank prediction per place; 0 is the head.
+
+    Raises:
+        JobError: Label Studio kept fewer than were sent.
+    """
+    rows = []
+    for position, place in enumerate(places):
+        result = regions(project, config, place.task, state) if travelling and position < HEAD else []
+        score = position / len(places)
+        rows.append({"task": place.task, "result": result, "score": score, "model_version": state["queue"]})
+    delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        created = ctx.studio.import_predictions(project.id, chunk)
+        if created != len(chunk):
+            raise JobError(
+                f"Label Studio kept {created} of {len(chunk)} rank predictions of project {project.id}: "
+                "its log names those it dropped; the old order stays in force"
+            )
+
+
+def flip(ctx: Context, project: Project, backend: dict[str, Any], queue: str) -> None:
+    """Make `queue` the order in force."""
+    ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
+    restore_version(ctx, project, queue)
+
+
+def restore_version(ctx: Context, project: Project, queue: str) -> None:
+    """Have Label Studio sort by `queue`; deleting any version may have unset that."""
+    if ctx.studio.project(project.id).get("model_version") != queue:
+        ctx.studio.patch_project(project.id, model_version=queue)
+
+
+def delete_generation(ctx: Context, project: Project, version: str) -> None:
+    """Delete the predictions of one version, if there are any."""
+    if version in ctx.studio.versions(project.id):
+        ctx.studio.delete_version(project.id, version)
+
+
+def clean_generations(ctx: Context, project: Project) -> None:
+    """Delete rank predictions and prelabels of earlier rounds; keeps people's coarse copies and others' versions."""
+    state = project.state()
+    keep = {state.get("queue"), state.get("version"), COARSE_COPY}
+    for version in ctx.studio.versions(project.id):
+        name, _, number = version.rpartition("-")
+        if version not in keep and name in (QUEUE, VERSION) and number.isdigit():
+            if int(number) > int(state.get("round", 0)):
+                continue  # a round that is publishing now
+            ctx.studio.delete_version(project.id, version)
+            restore_version(ctx, project, state["queue"])
+
+
+def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:
+    """Open coarse-labelled tasks at the head of the order for full segmentation.
+
+    Copy first, delete second: a death in between leaves both, and the next round takes up where this one stopped.
+    """
+    index = dict(index)
+    for place in places:
+        record = index[place.task]
+        if record.stage == "coarse" and not record.error:
+            index[place.task] = reopen(ctx, project, record)
+    return index
+
+
+def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
+    """Keep a task's coarse annotation as a prediction, then delete it, so that Label Studio serves the task again."""
+    task = ctx.studio.task(record.id)
+    found = [a for a in task.get("annotations") or [] if a["id"] == record.annotation]
+    if not found:
+        return record  # a person was faster: their change has its own event
+    annotation = found[0]
+    copies = [p for p in task.get("predictions") or [] if p.get("model_version") == COARSE_COPY]
+    if not any(copy.get("result") == annotation["result"] for copy in copies):
+        ctx.studio.create_prediction(record.id, annotation["result"], COARSE_COPY)
+    ctx.board.ours(annotation["id"])
+    try:
+        ctx.studio.delete_annotation(annotation["id"])
+    except LabelStudioError as error:
+        if error.status != 404:
+            raise
+    log.info("project %d, task %d: coarse labels kept as %s, task open again", project.id, record.id, COARSE_COPY)
+    return replace(record, stage="returned", annotation=0)

@@ -1,0 +1,160 @@
+"""Scores -> the order in which Label Studio shall serve the pool, with the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from backend.label_config import ProjectConfig
+from model.classes import MIXED, UNKNOWN
+from model.clusters import cover, vegetation_guess
+from model.strategies import STRATEGIES, Pool, Ranking
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.learn import COLUMNS, Scores, is_trained, network_key, read_scores
+from backend.prepare import clusters_name, histograms
+from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
+
+#: Coarse labels stop being asked for when clusters nobody named cover less than this share of the pool's pixels.
+UNDECIDED = 0.02
+#: ... and at the latest after this many times the tasks that were asked for.
+MOST = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of the queue.
+
+    Attributes:
+        task: Label Studio's task id.
+        ask: what a person is asked there: `coarse` or `full`.
+        utility: the strategy's value; higher is wanted more. NaN where the strategy had nothing to go by.
+        parts: what the utility is made of, by name.
+    """
+
+    task: int
+    ask: str
+    utility: float
+    parts: dict[str, float]
+
+
+def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[Place]:
+    """Every task that Label Studio may serve, best first.
+
+    First come the tasks whose coarse labels cover the pool best, while coarse labels are wanted; then the strategy's
+    order; then tasks without a score. A coarse-labelled task further back than `HEAD` is not in the order:
+    it is not called back before it is wanted.
+    """
+    asked = coarse_asks(ctx, project, index, config)
+    places = [Place(task, "coarse", float("nan"), {"coverage": share}) for task, share in asked]
+    first = {place.task for place in places}
+    rest = [r for r in pool(index) if r.id not in first]
+    places += strategy_order(ctx, project, index, config, rest)
+    return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < HEAD]
+
+
+def strategy_order(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig, records: Sequence[TaskRecord]
+) -> list[Place]:
+    """The strategy's order of these pool tasks; those without a score last, by id."""
+    scores = read_scores(ctx, project, config, index)
+    scored = [r.id for r in records if r.id in scores.rows and not r.error]
+    known = [r.id for r in labelled(index) if r.id in scores.rows]
+    rng = np.random.default_rng([project.id, len(known)])
+    ranking = STRATEGIES[ctx.settings.strategy](as_pool(scores, scored, known), rng)
+    places = [reasoned(scored, ranking, int(i)) for i in ranking.order]
+    left = sorted({r.id for r in records} - set(scored))
+    return places + [Place(task, "full", float("nan"), {}) for task in left]
+
+
+def as_pool(scores: Scores, scored: Sequence[int], known: Sequence[int]) -> Pool:
+    """The arrays a strategy sees."""
+    rows, seen = [scores.rows[t] for t in scored], [scores.rows[t] for t in known]
+    return Pool(
+        scores={name: scores.columns[rows, i] for i, name in enumerate(COLUMNS)},
+        embedding=scores.embedding[rows],
+        features=scores.features[rows],
+        labelled_embedding=scores.embedding[seen],
+        labelled_features=scores.features[seen],
+    )
+
+
+def reasoned(tasks: Sequence[int], ranking: Ranking, i: int) -> Place:
+    """The place of the i-th pool task, with the parts of its utility."""
+    parts = {name: round(float(values[i]), 6) for name, values in ranking.parts.items()}
+    return Place(tasks[i], "full", float(ranking.utility[i]), parts)
+
+
+def coarse_asks(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig
+) -> list[tuple[int, float]]:
+    """Tasks to be labelled coarsely next, best cover of the pool first, with the share each one adds."""
+    clusters = clusters_name(ctx, project)
+    if config.coarse is None or not clusters:
+        return []
+    everyone = [index[i] for i in sorted(index) if not index[i].error]
+    counts = histograms(project, everyone, clusters)
+    wanted = coarse_wanted(ctx, everyone, counts, project.decided())
+    if not wanted:
+        return []
+    fresh = [i for i, r in enumerate(everyone) if r.stage == "new" and counts[i].any()]
+    chosen = [i for i, r in enumerate(everyone) if r.coarse or r.labelled]
+    order = [int(i) for i in cover(counts, chosen, len(chosen) + len(fresh))]
+    picked = [i for i in order if i in set(fresh)][:wanted]
+    pixels = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return [(everyone[i].id, round(float((pixels[i] > 0.01).mean()), 4)) for i in picked]
+
+
+def coarse_wanted(
+    ctx: Context, records: Sequence[TaskRecord], counts: NDArray[np.int64], decided: NDArray[np.uint8]
+) -> int:
+    """How many more coarse labels are wanted: the set number, then one at a time while clusters stay undecided."""
+    enough = ctx.settings.coarse_tasks
+    done = sum(r.coarse or r.labelled for r in records)
+    if done < enough:
+        return enough - done
+    undecided = counts[:, decided == UNKNOWN].sum() / max(counts.sum(), 1)
+    return int(enough > 0 and ctx.settings.clusters == "codebook" and undecided > UNDECIDED and done < MOST * enough)
+
+
+def guesses(
+    ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig
+) -> list[tuple[int, float]]:
+    """A guess for each cluster of one task: (coarse class, how sure, 0..1).
+
+    By what is known, the best first: the votes so far, the network's mask, a vegetation index, else the background.
+    """
+    clusters, decided = clusters_name(ctx, project), project.decided()
+    labels = project.store.read_map(project.cluster_key(clusters, record.id))
+    if labels is None:
+        return []
+    key = network_key(ctx, project, config.classes)
+    seen = project.prediction(key, record.id) if is_trained(ctx, key) else None
+    green = None
+    if seen is None and len(config.classes.coarse) == 2:
+        image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
+        green = vegetation_guess(image, labels, len(decided))
+    return [guess(k, decided, labels, None if seen is None else seen[0], green, config) for k in range(len(decided))]
+
+
+def guess(
+    k: int,
+    decided: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    seen: NDArray[np.uint8] | None,
+    green: NDArray[np.floating[Any]] | None,
+    config: ProjectConfig,
+) -> tuple[int, float]:
+    """The guess for one cluster."""
+    if decided[k] not in (MIXED, UNKNOWN):
+        return int(decided[k]), 1.0
+    here = labels == k
+    if seen is not None and here.any():
+        groups = np.bincount(np.asarray(config.classes.coarse_of)[seen[here]], minlength=len(config.classes.coarse))
+        return int(groups.argmax()), float(groups.max() / groups.sum())
+    if green is not None and np.isfinite(green[k]):
+        return int(green[k] > 0.5), float(max(green[k], 1 - green[k]))
+    return 0, 1.0 / len(config.classes.coarse)
