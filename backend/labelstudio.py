@@ -286,11 +286,11 @@ class LabelStudio:
 
         With a new title Label Studio moves `project.model_version` along in the same transaction.
         """
-        return dict(self.http.call("PATCH", f"/api/ml/{backend}/", body=fields))
+        return dict(self.http.call("PATCH", f"/api/ml/{backend}", body=fields))
 
     def delete_ml(self, backend: int) -> None:
         """Disconnect an ML backend; its webhook stays."""
-        self._delete(f"/api/ml/{backend}/")
+        self._delete(f"/api/ml/{backend}")
 
     def start_training(self, backend: int) -> None:
         """Press "Start training"."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.util import Retry
 
-from backend.errors import LabelStudioError
+from backend.errors import ImageFetchError, LabelStudioError
 
 #: Seconds to connect, and to wait for an answer; deleting 10,000 predictions takes Label Studio 36 s.
 TIMEOUT = (5.0, 300.0)
@@ -23,8 +22,8 @@ TIMEOUT = (5.0, 300.0)
 DOWNLOAD_TIMEOUT = (5.0, 30.0)
 #: Seconds that one file may take in all.
 SLOWEST = 120.0
-#: An access token is renewed this many seconds before it runs out.
-EARLY = 30.0
+#: An access token is renewed after this share of its life.
+RENEW = 0.8
 
 
 class Credentials(AuthBase):
@@ -38,7 +37,7 @@ class Credentials(AuthBase):
     def __init__(self, url: str, key: str) -> None:
         self.url, self.key = url, key
         self.renewable = key.count(".") == 2 and key.startswith("eyJ")
-        self.access, self.expires = "", 0.0
+        self.access, self.renew_at = "", 0.0
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Set the header that Label Studio expects; never sent to another host."""
@@ -49,7 +48,7 @@ class Credentials(AuthBase):
         """The value of the Authorization header, renewed when it is about to run out."""
         if not self.renewable:
             return f"Token {self.key}"
-        if time.time() > self.expires - EARLY:
+        if not self.access or time.monotonic() > self.renew_at:
             self.renew()
         return f"Bearer {self.access}"
 
@@ -61,26 +60,23 @@ class Credentials(AuthBase):
         """
         path = "/api/token/refresh/"
         try:
-            answer = requests.post(
-                self.url + path, json={"refresh": self.key}, timeout=TIMEOUT
-            )
+            answer = requests.post(self.url + path, json={"refresh": self.key}, timeout=TIMEOUT)
         except requests.RequestException as error:
             raise unreachable(self.url, error) from error
         if not answer.ok:
             raise refused(self.url, "POST", path, answer)
         self.access = str(parsed(self.url, answer)["access"])
-        self.expires = expiry(self.access)
+        self.renew_at = time.monotonic() + RENEW * lifetime(self.access)
 
 
-def expiry(token: str) -> float:
-    """When a JWT runs out, in seconds of the epoch; in a minute from now if it does not say."""
+def lifetime(token: str) -> float:
+    """Seconds that a JWT was issued for, whatever our clock says; a minute if it does not tell."""
     try:
         body = token.split(".")[1]
-        return float(
-            json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"]
-        )
-    except (IndexError, KeyError, ValueError, binascii.Error):
-        return time.time() + 60.0 + EARLY
+        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        return float(claims["exp"]) - float(claims["iat"])
+    except (IndexError, KeyError, ValueError):
+        return 60.0
 
 
 class Transport:
@@ -148,24 +144,22 @@ class Transport:
     def download(self, path: str, limit: int) -> bytes:
         """Bytes of a file; one redirect by Label Studio is followed, without our key unless it stays in Label Studio.
 
+        Args:
+            path: begins with a slash.
+            limit: most bytes to accept.
+
         Raises:
-            LabelStudioError: no connection, an answer other than 2xx, or more than `limit` bytes.
+            ImageFetchError: this file cannot be had.
+            LabelStudioError: Label Studio is down, in trouble, or refuses our key.
         """
         answer = self.raw("GET", path, stream=True)
-        onward = (
-            urljoin(self.url + path, answer.headers["Location"])
-            if answer.is_redirect
-            else ""
-        )
+        onward = urljoin(self.url + path, answer.headers["Location"]) if answer.is_redirect else ""
         if onward:
             answer.close()
-            answer = (
-                self.raw("GET", onward.removeprefix(self.url), stream=True)
-                if self.owns(onward)
-                else fetch(onward)
-            )
+            inside = self.owns(onward)
+            answer = self.raw("GET", onward.removeprefix(self.url), stream=True) if inside else fetch(onward)
         with answer:
-            if not answer.ok or answer.is_redirect:
+            if answer.status_code == 401 or answer.status_code >= 500 and self.owns(str(answer.url)):
                 raise refused(self.url, "GET", path, answer)
             return limited(answer, limit)
 
@@ -179,21 +173,13 @@ def fetch(url: str) -> requests.Response:
     """Open a URL without any key, not following redirects.
 
     Raises:
-        LabelStudioError: no connection.
+        ImageFetchError: no connection.
     """
     try:
-        return requests.get(
-            url,
-            timeout=DOWNLOAD_TIMEOUT,
-            stream=True,
-            allow_redirects=False,
-            auth=_nobody,
-        )
+        return requests.get(url, timeout=DOWNLOAD_TIMEOUT, stream=True, allow_redirects=False, auth=_nobody)
     except requests.RequestException as error:
         host = urlsplit(url).netloc
-        raise LabelStudioError(
-            f"{host} does not answer ({type(error).__name__}): is it reachable from here?"
-        ) from error
+        raise ImageFetchError(f"{host} does not answer ({type(error).__name__}): is it reachable from here?") from error
 
 
 def _nobody(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -204,27 +190,21 @@ def limited(answer: requests.Response, limit: int) -> bytes:
     """The body of an answer, read until the size limit or the time limit is passed.
 
     Raises:
-        LabelStudioError: the body is too big, too slow, or breaks off.
+        ImageFetchError: not a 2xx answer, or its body is too big, too slow, or breaks off.
     """
-    began, parts, size = time.monotonic(), [], 0
-    host = urlsplit(str(answer.url)).netloc
+    host, began, body = urlsplit(str(answer.url)).netloc, time.monotonic(), bytearray()
+    if not 200 <= answer.status_code < 300:
+        raise ImageFetchError(f"{host} answers {answer.status_code} ({answer.reason}): is the file still there?")
     try:
         for part in answer.iter_content(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise LabelStudioError(
-                    f"{host} sent more than {limit / 1e6:.0f} MB: use a smaller file"
-                )
+            body += part
+            if len(body) > limit:
+                raise ImageFetchError(f"{host} sends more than {limit / 1e6:.0f} MB: use a smaller image")
             if time.monotonic() - began > SLOWEST:
-                raise LabelStudioError(
-                    f"{host} sent {size} bytes in {SLOWEST:.0f} s, too slow to go on"
-                )
+                raise ImageFetchError(f"{host} sent only {len(body)} bytes in {SLOWEST:.0f} s")
     except requests.RequestException as error:
-        raise LabelStudioError(
-            f"{host} broke off after {size} bytes ({type(error).__name__})"
-        ) from error
-    return b"".join(parts)
+        raise ImageFetchError(f"{host} broke off after {len(body)} bytes ({type(error).__name__})") from error
+    return bytes(body)
 
 
 def parsed(url: str, answer: requests.Response) -> Any:
@@ -245,19 +225,13 @@ def parsed(url: str, answer: requests.Response) -> Any:
 
 def unreachable(url: str, error: Exception) -> LabelStudioError:
     """No answer from Label Studio."""
-    reason = (
-        "it took too long"
-        if isinstance(error, requests.Timeout)
-        else type(error).__name__
-    )
+    reason = "it took too long" if isinstance(error, requests.Timeout) else type(error).__name__
     return LabelStudioError(
         f"Label Studio at {url} does not answer ({reason}): start it, or set LABEL_STUDIO_URL to where it is"
     )
 
 
-def refused(
-    url: str, method: str, path: str, answer: requests.Response
-) -> LabelStudioError:
+def refused(url: str, method: str, path: str, answer: requests.Response) -> LabelStudioError:
     """An answer other than 2xx, with what Label Studio said about it."""
     said, status = detail(answer), answer.status_code
     if status == 401:
@@ -271,9 +245,7 @@ def refused(
             "LABEL_STUDIO_URL to that address"
         )
     else:
-        message = (
-            f"Label Studio at {url} answered {method} {path} with {status}: {said}"
-        )
+        message = f"Label Studio at {url} answered {method} {path} with {status}: {said}"
     return LabelStudioError(message, status=status)
 
 
@@ -286,9 +258,5 @@ def detail(answer: requests.Response) -> str:
     if not isinstance(body, dict):
         return str(body)[:400]
     invalid = body.get("validation_errors")
-    text = (
-        "; ".join(f"{field}: {faults}" for field, faults in invalid.items())
-        if invalid
-        else body.get("detail")
-    )
+    text = "; ".join(f"{field}: {faults}" for field, faults in invalid.items()) if invalid else body.get("detail")
     return str(text or body)[:400]
