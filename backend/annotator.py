@@ -78,7 +78,7 @@ class Annotator:
         fine = mask[here & (mask != IGNORE)]
         if not fine.size:
             return region
-        coarse = np.bincount(np.asarray(self.config.classes.coarse_of)[fine]).argmax()
+        coarse = np.bincount(np.asarray(self.config.classes.coarse_of())[fine]).argmax()
         label = self.config.classes.coarse[coarse]
         return {**region, "value": {**region["value"], "brushlabels": [label]}}
 

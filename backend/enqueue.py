@@ -30,6 +30,8 @@ KEEP_FAILURE = 7 * 24 * 3600
 OURS = 3600
 GPU, DEFAULT = "gpu", "default"
 QUEUE_OF = {"train": GPU, "score": GPU}
+#: Steps after whose failure nothing of the round is left to run.
+ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 #: Job states in which a job still has something to do.
 LIVE = {"queued", "started", "deferred", "scheduled", "ready"}
 
@@ -127,8 +129,24 @@ class Board:
     def finish(self, project: int) -> None:
         """End of a round: free the project, and start the next round if one was wished for meanwhile."""
         self.redis.delete(_key(project, "busy"), _key(project, "jobs"))
-        if self.redis.exists(_key(project, "again"), _key(project, "changed"), _key(project, "deleted")):
+        if self.wished(project):
             self.request_round(project, "changes during the last round")
+
+    def abandon(self, project: int, step: str) -> None:
+        """A step failed for good: free the project if nothing of its round is left to run.
+
+        The next round starts with the next event or reconcile, not at once: whatever is broken gets time to heal.
+        """
+        job = get_current_job()
+        if job is not None:
+            job.retries_left = 0  # a fault of ours repeats itself; retries are for workers that died
+        if step in ENDS:
+            self.redis.set(_key(project, "again"), f"{step} failed")
+            self.redis.delete(_key(project, "busy"), _key(project, "jobs"))
+
+    def wished(self, project: int) -> bool:
+        """Whether events or a failed round wait for the next round."""
+        return bool(self.redis.exists(_key(project, "again"), _key(project, "changed"), _key(project, "deleted")))
 
     def rescue(self, project: int) -> bool:
         """Free a project whose round has no job left (a Redis flush, a lost worker). Returns whether it did."""
@@ -237,7 +255,7 @@ class Board:
         return dict(json.loads(raw)) if isinstance(raw, bytes) else None
 
     def clear_error(self, project: int) -> None:
-        """A round went well."""
+        """A new round may do better."""
         self.redis.delete(_key(project, "error"))
 
 

@@ -136,7 +136,7 @@ def keep_to(
     Returns:
         The mask (H, W), and the confidence, 0 where it was replaced.
     """
-    coarse_of = np.append(config.classes.coarse_of, [UNKNOWN] * (256 - len(config.classes.coarse_of))).astype(np.uint8)
+    coarse_of = np.append(config.classes.coarse_of(), [UNKNOWN] * (256 - len(config.classes.coarse_of()))).astype(np.uint8)
     mask, sure = prediction.copy(), sure.copy()
     for coarse, members in enumerate(config.classes.groups):
         wrong = (own == coarse) & (coarse_of[prediction] != coarse)

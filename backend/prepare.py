@@ -129,7 +129,7 @@ def implied(project: Project, record: TaskRecord, config: ProjectConfig) -> NDAr
     """(H, W) the coarse mask that a full annotation implies."""
     fine = project.store.read_map(project.label_key(record.id))
     table = np.full(256, UNKNOWN, np.uint8)
-    table[: len(config.classes.fine)] = config.classes.coarse_of
+    table[: len(config.classes.fine)] = config.classes.coarse_of()
     return None if fine is None else table[fine]
 
 

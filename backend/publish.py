@@ -159,7 +159,7 @@ def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Pla
 
 def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     """Keep a task's coarse annotation as a prediction, then delete it, so that Label Studio serves the task again."""
-    task = ctx.studio.task(record.id)
+    task = ctx.studio.task(record.id, project.id)
     found = [a for a in task.get("annotations") or [] if a["id"] == record.annotation]
     if not found:
         return record  # a person was faster: their change has its own event

@@ -153,7 +153,7 @@ def guess(
         return int(decided[k]), 1.0
     here = labels == k
     if seen is not None and here.any():
-        groups = np.bincount(np.asarray(config.classes.coarse_of)[seen[here]], minlength=len(config.classes.coarse))
+        groups = np.bincount(np.asarray(config.classes.coarse_of())[seen[here]], minlength=len(config.classes.coarse))
         return int(groups.argmax()), float(groups.max() / groups.sum())
     if green is not None and np.isfinite(green[k]):
         return int(green[k] > 0.5), float(max(green[k], 1 - green[k]))

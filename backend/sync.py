@@ -96,7 +96,7 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         The new record, or None when the task is gone. A fault of this task alone is left in `record.error`.
     """
     try:
-        task = ctx.studio.task(record.id)
+        task = ctx.studio.task(record.id, project.id)
     except LabelStudioError as error:
         if error.status == 404:
             return None
