@@ -1,0 +1,59 @@
+"""What can go wrong, said in a sentence: what, where, and what to do.
+
+    FirstRowError
+    |- SettingsError       the environment
+    |- LabelStudioError    Label Studio did not do what was asked
+    |- ConfigError         a label config that cannot be used
+    |- ImageFetchError     one image cannot be had
+    |- MaskError           one region or mask cannot be read
+    |- StoreError          the store cannot be read or written
+    |- AttachRefused       a project that cannot be attached as it is
+    `- JobError            a step of a round cannot be done
+"""
+
+from __future__ import annotations
+
+
+class FirstRowError(Exception):
+    """A failure whose message a person can act on; shown without a traceback."""
+
+
+class SettingsError(FirstRowError):
+    """All that is wrong with the environment, a line each."""
+
+
+class LabelStudioError(FirstRowError):
+    """Label Studio refused, failed or did not answer.
+
+    Args:
+        message: what was asked, what came back, what to do.
+        status: HTTP status, None when there was no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ConfigError(FirstRowError):
+    """A label config, or its coarse groups, cannot be used."""
+
+
+class ImageFetchError(FirstRowError):
+    """The image of one task cannot be fetched or read."""
+
+
+class MaskError(FirstRowError):
+    """A region or mask of one task cannot be read."""
+
+
+class StoreError(FirstRowError):
+    """The store cannot be read or written."""
+
+
+class AttachRefused(FirstRowError):
+    """A project cannot be attached as it is."""
+
+
+class JobError(FirstRowError):
+    """A step of a round cannot be done."""

@@ -1,0 +1,139 @@
+"""Settings, from the environment only; all faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from backend.errors import SettingsError
+from backend.store import Store
+
+#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
+OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
+#: Where the generated secret lies in the store.
+SECRET_KEY = "secret"
+HTTP = re.compile(r"^https?://[^/\s]+")
+
+
+class Settings(BaseSettings):
+    """What a process of First Row is told. The names are those of the environment."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", validate_default=False)
+
+    label_studio_url: str = Field("http://localhost:8080", alias="LABEL_STUDIO_URL")
+    label_studio_api_key: SecretStr = Field(SecretStr(""), alias="LABEL_STUDIO_API_KEY")
+    redis_url: str = Field("redis://localhost:6379", alias="REDIS_URL")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
+    url: str = Field("http://localhost:9090", alias="FIRSTROW_URL")
+    port: int = Field(9090, alias="FIRSTROW_PORT", ge=1, le=65535)
+    store: str = Field("./firstrow-store", alias="FIRSTROW_STORE", min_length=1)
+    cache: Path = Field(Path.home() / ".cache" / "firstrow", alias="FIRSTROW_CACHE")
+    cache_gb: float = Field(2.0, alias="FIRSTROW_CACHE_GB", gt=0)
+    secret: SecretStr = Field(SecretStr(""), alias="FIRSTROW_SECRET")
+    network: str = Field("lraspp_mobilenet_v3_large", alias="FIRSTROW_NETWORK")
+    checkpoint: str = Field("", alias="FIRSTROW_CHECKPOINT")
+    strategy: str = Field("first-row", alias="FIRSTROW_STRATEGY")
+    coarse_tasks: int = Field(5, alias="FIRSTROW_COARSE_TASKS", ge=0)
+    retrain_every: int = Field(1, alias="FIRSTROW_RETRAIN_EVERY", ge=1)
+    train_steps: int = Field(100, alias="FIRSTROW_TRAIN_STEPS", ge=1)
+    image_size: int = Field(640, alias="FIRSTROW_IMAGE_SIZE", ge=64, le=4096)
+    clusters: Literal["codebook", "image"] = Field("codebook", alias="FIRSTROW_CLUSTERS")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), alias="FIRSTROW_ALLOWED_HOSTS")
+    reconcile_seconds: int = Field(300, alias="FIRSTROW_RECONCILE_SECONDS", ge=1)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Nothing is read behind the caller's back: `read` hands the environment over."""
+        return (init_settings,)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(host.strip() for host in value.split(",") if host.strip()) if isinstance(value, str) else value
+
+    @field_validator("label_studio_url", "url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not HTTP.match(value):
+            raise ValueError("must start with http:// or https:// and name a host")
+        return value.rstrip("/")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: str) -> str:
+        if not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("network", "strategy")
+    @classmethod
+    def _is_known(cls, value: str, info: Any) -> str:
+        known = _known(info.field_name)
+        if value not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return value
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """The settings of this process.
+
+        Args:
+            environ: the environment; the process's own by default.
+
+        Raises:
+            SettingsError: every fault, a line each: the variable, what is wrong, what to do.
+        """
+        environ = os.environ if environ is None else environ
+        names = {str(field.alias) for field in cls.model_fields.values()}
+        faults = [_unknown(name, names) for name in sorted(environ) if _is_typo(name, names)]
+        try:
+            found = cls(**{name: environ[name] for name in names if environ.get(name, "") != ""})
+        except ValidationError as error:
+            faults += [f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+        if faults:
+            raise SettingsError("These settings are wrong:\n" + "\n".join(f"  {fault}" for fault in faults))
+        return found
+
+    def secret_value(self) -> str:
+        """The secret that Label Studio shows us: the given one, else one made once and kept in the store."""
+        given = self.secret.get_secret_value()
+        return given or stored_secret(Store(self.store))
+
+
+def stored_secret(store: Store) -> str:
+    """The generated secret; made at the first call, readable by our user only where the store is a folder."""
+    found = store.read(SECRET_KEY)
+    if found is None:
+        store.write(SECRET_KEY, secrets.token_urlsafe(32).encode(), private=True)
+        found = store.read(SECRET_KEY) or b""
+    return found.decode()
+
+
+def _known(field: str) -> list[str]:
+    """Names are looked up late: reading settings must not load torch where no name is set."""
+    if field == "network":
+        from model.network import NETWORKS
+
+        return list(NETWORKS)
+    from model.strategies import STRATEGIES
+
+    return list(STRATEGIES)
+
+
+def _is_typo(name: str, names: set[str]) -> bool:
+    return name.startswith("FIRSTROW_") and name not in names | OTHERS
+
+
+def _unknown(name: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
