@@ -159,7 +159,7 @@ class Transport:
             inside = self.owns(onward)
             answer = self.raw("GET", onward.removeprefix(self.url), stream=True) if inside else fetch(onward)
         with answer:
-            if answer.status_code == 401 or answer.status_code >= 500 and self.owns(str(answer.url)):
+            if self.owns(str(answer.url)) and (answer.status_code == 401 or answer.status_code >= 500):
                 raise refused(self.url, "GET", path, answer)
             return limited(answer, limit)
 

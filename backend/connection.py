@@ -1,0 +1,96 @@
+"""What ties a project to us: our ML backend, webhook and tab, and the note that we keep in Label Studio."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from backend.labelstudio import LabelStudio, Row
+from backend.settings import Settings
+
+#: Key of our note in the `extra_params` of our ML backend; kept there, it survives the loss of our store.
+NOTE = "firstrow"
+#: Header by which we know that a webhook call comes from our Label Studio.
+SECRET_HEADER = "X-First-Row-Secret"  # noqa: S105  (its name)
+#: User name that goes with the secret where Label Studio uses Basic auth.
+USER = "firstrow"
+#: Title of our ML backend before the first round; each round counts on.
+FIRST_TITLE = "first-row-0"
+#: Title of our Data Manager tab.
+TAB = "First Row"
+#: What the first `ordering` entry of our tab is.
+BY_SCORE = "tasks:predictions_score"
+#: Versions of our rank predictions and of our prelabels.
+OURS = re.compile(r"(first-row|seg)-\d+")
+
+
+def our_backend(studio: LabelStudio, project: int, settings: Settings) -> Row | None:
+    """Our ML backend in a project: the one that carries our note, else the one at our address; None without one."""
+    rows = studio.ml_backends(project)
+    noted = [row for row in rows if NOTE in (row["extra_params"] or {})]
+    return next(iter(noted + [row for row in rows if same_url(row["url"], settings.url)]), None)
+
+
+def recorded(studio: LabelStudio, project: int, settings: Settings) -> dict[str, Any]:
+    """Our note about a project: `before`, `groups`, `image_hosts`, `config`; empty if `attach` never ran."""
+    return note_of(our_backend(studio, project, settings))
+
+
+def note_of(backend: Row | None) -> dict[str, Any]:
+    """The note in one of the rows of `ml_backends`."""
+    extra = (backend or {}).get("extra_params") or {}
+    return dict(extra.get(NOTE) or {})
+
+
+def credentials(settings: Settings, project: int) -> dict[str, Any]:
+    """What every change of our ML backend must carry: Label Studio checks it by calling us with exactly this."""
+    return {
+        "url": settings.url,
+        "project": project,
+        "auth_method": "BASIC_AUTH",
+        "basic_auth_user": USER,
+        "basic_auth_pass": settings.secret_value(),
+    }
+
+
+def our_webhooks(studio: LabelStudio, project: int, urls: Iterable[str]) -> list[Row]:
+    """Webhooks that call one of these backend addresses."""
+    wanted = {webhook_url(url) for url in urls}
+    return [row for row in studio.webhooks(project) if row["url"] in wanted]
+
+
+def webhook_url(url: str) -> str:
+    """Where events of a backend at `url` go; Label Studio makes up the same address."""
+    return url.rstrip("/") + "/webhook"
+
+
+def our_tabs(studio: LabelStudio, project: int, before: Sequence[int]) -> list[Row]:
+    """Data Manager tabs named like ours that were not there `before` we came."""
+    return [v for v in studio.views(project) if v["data"].get("title") == TAB and v["id"] not in before]
+
+
+def same_url(one: str, other: str) -> bool:
+    """Whether two backend addresses are the same but for a final slash."""
+    return one.rstrip("/") == other.rstrip("/")
+
+
+def digest(label_config: str) -> str:
+    """Tells whether anybody has changed a label config since."""
+    return hashlib.sha256(label_config.encode()).hexdigest()
+
+
+def signed(result: Sequence[Mapping[str, Any]], author: int) -> list[dict[str, Any]]:
+    """Regions of an annotation, for a prediction that shall remember who drew them.
+
+    Predictions have no author; what is in a region's `meta` stays.
+    """
+    return [{**region, "meta": {**(region.get("meta") or {}), "completed_by": author}} for region in result]
+
+
+def unsigned(result: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
+    """The inverse of `signed`: the regions as they were, and who drew them if that was kept."""
+    author = next((r["meta"]["completed_by"] for r in result if "completed_by" in (r.get("meta") or {})), None)
+    plain = [{**r, "meta": {k: v for k, v in (r.get("meta") or {}).items() if k != "completed_by"}} for r in result]
+    return [r if r["meta"] else {k: v for k, v in r.items() if k != "meta"} for r in plain], author

@@ -1,0 +1,218 @@
+"""Image of a task -> pixels at work resolution: fetched safely, kept as small copies in a bounded folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from backend.errors import ImageFetchError
+from backend.labelstudio import LabelStudio
+from backend.transport import fetch as open_url
+from backend.transport import limited
+from model.data import ImageError, decode, original_size
+
+Pixels = NDArray[np.uint8]
+
+#: Most bytes of one image file; a 60-megapixel TIFF fits.
+LIMIT = 200_000_000
+#: Paths below which Label Studio serves files; no other path of it is asked for because a task says so.
+SERVED = ("/data/upload/", "/data/local-files/", "/storage-data/", "/tasks/", "/projects/")
+#: Cloud storage, for which Label Studio finds the bytes.
+CLOUD = ("s3", "gs", "azure-blob")
+#: The cache is split into this many folders, each with its share of the limit, so that pruning looks at few files.
+FOLDERS = 64
+#: Redirects followed between allowed hosts.
+REDIRECTS = 3
+
+
+class ImageCache:
+    """Images of tasks at work resolution.
+
+    What is handed out is always the stored copy (JPEG, quality 95, full colour resolution), so an image has the same
+    pixels whether it was just fetched or not. A copy is found again by the task's value, not by the file's content:
+    an image replaced under the same name is seen once its copy is pruned.
+
+    Args:
+        folder: for this work resolution alone; made when needed.
+        limit_bytes: most bytes to keep; the longest unused copies go first.
+        studio: where images are fetched.
+        size: longer side of a copy in pixels; smaller images keep their size.
+        allowed_hosts: `host` or `host:port` that images may be fetched from, besides Label Studio.
+    """
+
+    def __init__(
+        self, folder: Path, limit_bytes: int, studio: LabelStudio, size: int, allowed_hosts: Collection[str] = ()
+    ) -> None:
+        self.folder, self.limit, self.studio, self.size = folder, limit_bytes, studio, size
+        self.hosts = frozenset(host.lower() for host in allowed_hosts)
+
+    def get(self, project: int, task: int, value: str) -> tuple[Pixels, tuple[int, int]]:
+        """The image of a task.
+
+        Args:
+            project: cloud storage is looked up in this project.
+            task: as above; also named in errors.
+            value: what the task's data has under the image key.
+
+        Returns:
+            (H, W, 3) RGB at work resolution, and width and height of the original, both turned upright.
+
+        Raises:
+            ImageFetchError: this image cannot be had or read; says which and why.
+            LabelStudioError: Label Studio itself is in trouble.
+        """
+        path = self._path(project, value)
+        stored = _read(path) or self._store(path, task, value)
+        with Image.open(io.BytesIO(stored)) as image:
+            width, _, height = image.info["comment"].decode().partition("x")
+            return np.array(image.convert("RGB")), (int(width), int(height))
+
+    def _store(self, path: Path, task: int, value: str) -> bytes:
+        try:
+            data = fetch(self.studio, task, value, self.hosts)
+            copy = encoded(decode(data, self.size), original_size(data))
+        except (ImageFetchError, ImageError) as error:
+            raise ImageFetchError(f"task {task}, image {value[:200]!r}: {error}") from error
+        write(path, copy)
+        prune(path, self.limit // FOLDERS)
+        return copy
+
+    def _path(self, project: int, value: str) -> Path:
+        name = hashlib.sha256(f"{self.studio.url} {project} {self.size} {value}".encode()).hexdigest()
+        return self.folder / f"{int(name[:4], 16) % FOLDERS:02d}" / f"{name[:40]}.jpg"
+
+
+def fetch(studio: LabelStudio, task: int, value: str, allowed_hosts: Collection[str] = ()) -> bytes:
+    """The bytes of a task's image file.
+
+    Args:
+        studio: serves uploads, local files and, by itself or by sending us on, cloud storage.
+        task: whose project has the cloud storage.
+        value: `/data/upload/...`, `/data/local-files/?d=...`, `s3://...`, `gs://...`, `azure-blob://...` or http(s).
+        allowed_hosts: `host` or `host:port`, lower case, for http(s).
+
+    Raises:
+        ImageFetchError: the value is of another kind, its host is not allowed, or the file cannot be had.
+        LabelStudioError: Label Studio itself is in trouble.
+    """
+    if not value:
+        raise ImageFetchError("the task has no image: its data lacks the key that the label config shows")
+    scheme = urlsplit(value).scheme
+    if scheme in CLOUD:
+        uri = base64.urlsafe_b64encode(value.encode()).decode()
+        return studio.download(f"/tasks/{task}/resolve/?fileuri={uri}", LIMIT)
+    if scheme in ("http", "https"):
+        return fetch_url(studio, value, allowed_hosts)
+    if scheme or not value.startswith("/"):
+        raise ImageFetchError(
+            f"cannot read {scheme or 'relative'} addresses: use uploads, local files, http(s) or cloud"
+        )
+    return studio.download(served_path(studio, value), LIMIT)
+
+
+def fetch_url(studio: LabelStudio, url: str, allowed_hosts: Collection[str]) -> bytes:
+    """The bytes behind an http(s) address; each redirect must lead to an allowed host again.
+
+    Raises:
+        ImageFetchError: a host is not allowed, or the file cannot be had.
+        LabelStudioError: it is Label Studio's own address and Label Studio is in trouble.
+    """
+    for _ in range(1 + REDIRECTS):
+        if studio.http.owns(url):
+            return studio.download(served_path(studio, url.removeprefix(studio.url)), LIMIT)
+        check_host(url, allowed_hosts)
+        with open_url(url) as answer:
+            if not answer.is_redirect:
+                return limited(answer, LIMIT)
+            url = urljoin(url, answer.headers["Location"])
+    raise ImageFetchError(f"more than {REDIRECTS} redirects")
+
+
+def check_host(url: str, allowed_hosts: Collection[str]) -> None:
+    """Refuse hosts that nobody allowed: a task could otherwise make us read this network's inner services.
+
+    Raises:
+        ImageFetchError: naming the host and the setting.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not {parts.hostname, parts.netloc.lower()} & set(allowed_hosts):
+        raise ImageFetchError(
+            f"host {parts.netloc!r} is not allowed: add it to FIRSTROW_ALLOWED_HOSTS, or run `firstrow attach` again"
+        )
+
+
+def served_path(studio: LabelStudio, path: str) -> str:
+    """A path below which Label Studio serves files, without the prefix that Label Studio itself may live under.
+
+    Raises:
+        ImageFetchError: it is some other path.
+    """
+    prefix = urlsplit(studio.url).path
+    inner = path.removeprefix(prefix) if prefix and path.startswith(f"{prefix}/") else path
+    parts = unquote(unquote(urlsplit(inner).path)).replace("\\", "/").split("/")
+    if not inner.startswith(SERVED) or ".." in parts:
+        raise ImageFetchError("Label Studio serves no files there")
+    return inner
+
+
+def encoded(image: Pixels, size: tuple[int, int]) -> bytes:
+    """A copy to keep: JPEG with the original's width and height in its comment.
+
+    Args:
+        image: (H, W, 3) RGB.
+        size: width and height of the original in pixels.
+    """
+    buffer = io.BytesIO()
+    comment = f"{size[0]}x{size[1]}".encode()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, comment=comment)
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+        os.utime(path)  # used just now: pruned last
+    except FileNotFoundError:
+        return None
+    return data
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a file in place in one step: no other worker reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        part.write(data)
+    os.replace(part.name, path)
+
+
+def prune(kept: Path, limit: int) -> None:
+    """Delete the longest unused files beside `kept` until the folder holds at most `limit` bytes; never `kept`."""
+    files = _by_age(kept.parent)
+    used = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if used <= limit:
+            return
+        if path != kept:
+            path.unlink(missing_ok=True)
+            used -= size
+
+
+def _by_age(folder: Path) -> Sequence[tuple[float, int, Path]]:
+    found = []
+    for path in folder.iterdir():
+        try:
+            seen = path.stat()
+        except FileNotFoundError:  # another worker pruned it
+            continue
+        found.append((seen.st_mtime, seen.st_size, path))
+    return sorted(found)
