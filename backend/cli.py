@@ -1,0 +1,206 @@
+"""The firstrow command: thin; each subcommand names its settings in one line and leaves the work to a module."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import orjson
+from redis import RedisError
+from rich.console import Console
+
+from backend.errors import FirstRowError
+from backend.settings import Settings
+
+EPILOG = (
+    "Settings come from the environment (LABEL_STUDIO_URL, LABEL_STUDIO_API_KEY, REDIS_URL, FIRSTROW_*); see README."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit status: 0, 1 after a fault (one line on stderr), 2 for wrong usage, 130 after Ctrl-C.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given) or 0)
+    except FirstRowError as error:
+        return _fail(str(error))
+    except RedisError as error:
+        return _fail(f"Redis does not answer ({error}): start it or set REDIS_URL")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="firstrow", description="Active learning for Label Studio.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"firstrow {version('firstrow')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _demo(commands.add_parser("demo", help="play a whole loop on a Label Studio of its own"))
+    _serve(commands.add_parser("serve", help="answer Label Studio (the web process)"))
+    _worker(commands.add_parser("worker", help="run jobs: clusters, training, scoring, publishing"))
+    _attach(commands.add_parser("attach", help="connect a project; safe to repeat"))
+    _detach(commands.add_parser("detach", help="put back what was there before attach"))
+    _status(commands.add_parser("status", help="stages, round, jobs, head of the queue, last error"))
+    secret = commands.add_parser("secret", help="print the secret to enter as Basic auth password (user firstrow)")
+    secret.set_defaults(run=_run_secret)
+    return parser
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FOLDER", help="a pixel-labelled folder; a rendered field by default")
+    parser.add_argument("--folder", default=".demo", help="where it keeps its things (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=4, help="(default: %(default)s)")
+    parser.add_argument("--exit", action="store_true", help="stop everything at the end")
+    parser.set_defaults(run=_run_demo)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 when Label Studio is elsewhere (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=_positive, help="(default: FIRSTROW_PORT)")
+    parser.add_argument("--workers", type=_positive, default=2, help="processes (default: %(default)s)")
+    parser.set_defaults(run=_run_serve)
+
+
+def _worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--queues", type=_queues, default="gpu,default", help="first one first (default: %(default)s)")
+    parser.set_defaults(run=_run_worker)
+
+
+def _attach(parser: argparse.ArgumentParser) -> None:
+    _project(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan only")
+    parser.add_argument(
+        "--group",
+        type=_group,
+        action="append",
+        default=[],
+        metavar="COARSE=FINE,FINE",
+        help="fine classes of one coarse label, for example Vegetation=Crop,Weed; may be repeated",
+    )
+    parser.set_defaults(run=_run_attach)
+
+
+def _detach(parser: argparse.ArgumentParser) -> None:
+    _project(parser)
+    parser.set_defaults(run=_run_detach)
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    _project(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_run_status)
+
+
+def _project(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--project", type=_positive, required=True, metavar="ID", help="Label Studio's project id")
+
+
+def _run_demo(given: argparse.Namespace) -> int:
+    from backend import demo
+
+    return demo.main(given.folder, given.data, given.rounds, not given.exit)
+
+
+def _run_serve(given: argparse.Namespace) -> None:
+    from backend.app import serve
+
+    settings = _settings()
+    serve(settings, given.host, given.port or settings.port, given.workers)
+
+
+def _run_worker(given: argparse.Namespace) -> int:
+    from backend.worker import run
+
+    _settings()  # its faults are worth one line here, not one per restart of the worker
+    return run(given.queues.split(","))
+
+
+def _run_attach(given: argparse.Namespace) -> None:
+    from backend import attach
+    from backend.context import connect
+
+    ctx = connect(_settings())
+    plan = attach.plan(ctx.studio, given.project, ctx.settings, _groups(given.group))
+    for sentence in plan.sentences:
+        _say(sentence)
+    if not given.dry_run:
+        ctx.board.register(given.project)  # first: without Redis it must not be half done
+        attach.apply(plan)
+        ctx.board.reconcile(given.project)
+
+
+def _run_detach(given: argparse.Namespace) -> None:
+    from backend import attach
+    from backend.context import connect
+
+    ctx = connect(_settings())
+    for sentence in attach.detach(ctx.studio, given.project, ctx.settings):
+        _say(sentence)
+    ctx.board.forget(given.project)
+
+
+def _run_status(given: argparse.Namespace) -> None:
+    from backend.context import connect
+    from backend.status import show, status
+
+    found = status(connect(_settings()), given.project)
+    if given.json:
+        _say(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
+    else:
+        show(found, Console())
+
+
+def _run_secret(given: argparse.Namespace) -> None:
+    _say(_settings().secret_value())
+
+
+def _settings() -> Settings:
+    settings = Settings.read()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return settings
+
+
+def _groups(given: Sequence[tuple[str, list[str]]]) -> Mapping[str, Sequence[str]] | None:
+    return dict(given) or None
+
+
+def _group(text: str) -> tuple[str, list[str]]:
+    name, equals, members = text.partition("=")
+    found = [member.strip() for member in members.split(",") if member.strip()]
+    if not (name.strip() and equals and found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not COARSE=FINE,FINE")
+    return name.strip(), found
+
+
+def _queues(text: str) -> str:
+    names = text.split(",")
+    if not names or set(names) - {"gpu", "default"} or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError("one or both of gpu and default, with a comma between")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _fail(text: str) -> int:
+    sys.stderr.write(f"firstrow: {text}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What `firstrow status` says of a project: read from Redis, the store and Label Studio, changed nowhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backend.attach import check
+from backend.context import Context
+from backend.errors import FirstRowError
+from backend.worker import alive
+
+#: Places of the queue that are shown.
+SHOWN = 10
+
+
+def status(ctx: Context, project: int) -> dict[str, Any]:
+    """Collect the state of a project.
+
+    Args:
+        ctx: the doors.
+        project: Label Studio's project id.
+
+    Returns:
+        `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
+        the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
+        in progress, with `done` of `total`), `workers`, `head` (first places of the queue: task, ask, utility, parts),
+        `error` (step, message, time; None when all is well), `missing` (what `attach` would still add).
+
+    Raises:
+        redis.RedisError: Redis cannot be reached.
+    """
+    here = ctx.project(project)
+    state = ctx.board.state(project) or here.state()
+    fields = {name: state.get(name) for name in ("round", "phase", "version", "model", "note", "published", "tasks")}
+    return {
+        "project": project,
+        **fields,
+        "stages": state.get("stages", {}),
+        "waiting": ctx.board.wished(project),
+        "jobs": ctx.board.jobs(project),
+        "workers": alive(ctx.board),
+        "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
+        "error": ctx.board.error(project),
+        "missing": missing(ctx, project),
+    }
+
+
+def missing(ctx: Context, project: int) -> list[str]:
+    """What `attach` would still add, or why that cannot be told."""
+    try:
+        return check(ctx.studio, project, ctx.settings)
+    except FirstRowError as error:
+        return [str(error)]
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print a status as tables."""
+    console.print(f"[bold]Project {found['project']}[/bold]  {_summary(found)}", highlight=False)
+    if found["stages"]:
+        console.print(_table("Tasks", list(found["stages"]), [list(found["stages"].values())]))
+    if found["head"]:
+        console.print(_table("Head of the queue", ["", "task", "asks for", "score", "parts"], _places(found["head"])))
+    if found["jobs"]:
+        console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
+    workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]
+    if workers:
+        console.print(_table("Workers", ["name", "queues", "state"], workers))
+    for line in _warnings(found):
+        console.print(Text(line, style="yellow"))
+
+
+def _summary(found: Mapping[str, Any]) -> str:
+    if not found["round"]:
+        return "no round yet"
+    minutes = (time.time() - float(found["published"] or 0)) / 60
+    model = found["model"] or "no trained model yet"
+    return (
+        f"round {found['round']}, asks for {found['phase']} labels, {found['tasks']} tasks in the queue, "
+        f"version {found['version']}, model {model}, published {minutes:.0f} min ago, "
+        f"{'changes wait for the next round' if found['waiting'] else 'nothing new waits'}"
+    )
+
+
+def _places(head: Iterable[Mapping[str, Any]]) -> list[list[object]]:
+    return [
+        [n + 1, place["task"], place["ask"], _number(place["utility"]), _parts(place["parts"])]
+        for n, place in enumerate(head)
+    ]
+
+
+def _parts(parts: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in parts.items())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.4g}"
+
+
+def _jobs(jobs: Iterable[Mapping[str, Any]]) -> list[list[object]]:
+    return [[j.get("step"), j["queue"], j["status"], f"{j.get('done', 0)}/{j.get('total', 0)}"] for j in jobs]
+
+
+def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
+    if not found["workers"]:
+        yield "No worker is running: start `firstrow worker`."
+    if found["note"]:
+        yield str(found["note"])
+    if found["error"]:
+        yield f"Last error, in {found['error']['step']}: {found['error']['message']}"
+    for sentence in found["missing"]:
+        yield f"Missing: {sentence}"
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table

