@@ -1,0 +1,64 @@
+"""How good a mask is, and how fast a network learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.classes import IGNORE
+
+
+def confusion(prediction: NDArray[np.uint8], mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
+    """Pixels by true and predicted class.
+
+    Sum the tables of many images and take the IoU of the sum: the mean of per-image IoU is another number.
+
+    Args:
+        prediction: any shape, class of every pixel.
+        mask: the same shape; IGNORE pixels do not count.
+        num_classes: C.
+
+    Returns:
+        (C, C) rows are true classes, columns predicted ones.
+
+    Raises:
+        ValueError: sizes differ, or there is a class of C or more.
+    """
+    if prediction.shape != mask.shape:
+        raise ValueError(f"the prediction is {prediction.shape}, the mask is {mask.shape}")
+    known = mask != IGNORE
+    truth, guess = mask[known].astype(np.int64), prediction[known].astype(np.int64)
+    if truth.size and max(truth.max(), guess.max()) >= num_classes:
+        raise ValueError(f"there is a class {max(truth.max(), guess.max())}, but only {num_classes} classes")
+    return np.bincount(truth * num_classes + guess, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def iou(table: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(C,) intersection over union per class; NaN for a class that is neither there nor predicted."""
+    hits = np.diag(table).astype(np.float64)
+    union = table.sum(1) + table.sum(0) - hits
+    return np.asarray(np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0))
+
+
+def mean_iou(table: NDArray[np.int64]) -> float:
+    """Mean IoU over the classes that are there or predicted; NaN when there is none."""
+    found = iou(table)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
+
+def area_under_curve(n: Sequence[float], values: Sequence[float]) -> float:
+    """Area under a learning curve by the trapezoid rule, divided by its width: a mean height.
+
+    Args:
+        n: numbers of labelled images, rising.
+        values: the metric at each.
+
+    Raises:
+        ValueError: fewer than two points, or n does not rise.
+    """
+    x, y = np.asarray(n, float), np.asarray(values, float)
+    if x.size < 2 or x.size != y.size or (np.diff(x) <= 0).any():
+        raise ValueError("a learning curve needs two or more points with rising n")
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
