@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -145,6 +146,8 @@ def check_host(url: str, allowed_hosts: Collection[str]) -> None:
         ImageFetchError: naming the host and the setting.
     """
     parts = urlsplit(url)
+    if re.search(r"[\\\x00-\x1f]", url) or re.search(r"\s", parts.netloc):  # programs disagree on what these mean
+        raise ImageFetchError("the address has a backslash, or a space or control character where none may be")
     if parts.scheme not in ("http", "https") or not {parts.hostname, parts.netloc.lower()} & set(allowed_hosts):
         raise ImageFetchError(
             f"host {parts.netloc!r} is not allowed: add it to FIRSTROW_ALLOWED_HOSTS, or run `firstrow attach` again"

@@ -169,7 +169,7 @@ def test_faults_of_a_request_are_passed_on(door: LabelStudio, project: int) -> N
 
 
 def test_wrong_key_says_what_to_set(studio: Any) -> None:
-    with pytest.raises(LabelStudioError, match="refuses our key .* set LABEL_STUDIO_API_KEY") as error:
+    with pytest.raises(LabelStudioError, match=r"refuses our key .* set LABEL_STUDIO_API_KEY") as error:
         LabelStudio(studio.url, "wrong").whoami()
     assert error.value.status == 401
     assert "wrong:" not in str(error.value)
