@@ -119,8 +119,8 @@ def started(folder: Path) -> Iterator[Services]:
         manager = start_services(folder, environment)
         services = manager.__enter__()
     try:
-        console.print(f"[b]Label Studio[/b]  {services.studio_url}")
-        console.print(f"[b]Login[/b]         {services.username}  /  {services.password}")
+        console.print(f"[b]Label Studio[/b]  {services.studio.url}")
+        console.print(f"[b]Login[/b]         {services.studio.username}  /  {services.studio.password}")
         yield services
     finally:
         manager.__exit__(None, None, None)
@@ -154,7 +154,7 @@ class Demo:
         path = folder / "contact-sheet.png"
         contact_sheet(self.context, self.project, self.head(), path)
         console.print(f"[b]Contact sheet[/b] {path}")
-        console.print(f"[b]The project[/b]   {self.services.studio_url}/projects/{self.id}/data")
+        console.print(f"[b]The project[/b]   {self.services.studio.url}/projects/{self.id}/data")
 
     def create(self) -> None:
         """A project of pictures, as a team would have it."""

@@ -43,7 +43,7 @@ class Kind:
 
 def lraspp_lite0(num_classes: int, **_: object) -> nn.Module:
     """torchvision's LR-ASPP head on EfficientNet-Lite0."""
-    return LRASPP(lite0.Lite0(), lite0.LOW_CHANNELS, lite0.HIGH_CHANNELS, num_classes)
+    return cast(nn.Module, LRASPP(lite0.Lite0(), lite0.LOW_CHANNELS, lite0.HIGH_CHANNELS, num_classes))
 
 
 SHIPPED = "lraspp_efficientnet_lite0"

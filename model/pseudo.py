@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 from model.classes import IGNORE, MIXED, UNKNOWN, Classes
 
 
-def cluster_votes(
-    clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int, num_coarse: int
-) -> NDArray[np.int64]:
+def cluster_votes(clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int, num_coarse: int) -> NDArray[np.int64]:
     """What one image's coarse mask says about each cluster.
 
     Args:

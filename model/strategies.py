@@ -190,9 +190,7 @@ def from_order(order: NDArray[np.intp], parts: Mapping[str, Floats]) -> Ranking:
     return Ranking(order, utility, parts)
 
 
-def farthest_first(
-    vectors: Floats, seen: Floats, weight: Floats, rng: np.random.Generator
-) -> Ranking:
+def farthest_first(vectors: Floats, seen: Floats, weight: Floats, rng: np.random.Generator) -> Ranking:
     """Greedy order by weight times distance (1 - largest cosine) to everything chosen before.
 
     Args:
