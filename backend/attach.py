@@ -11,9 +11,12 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
+from backend.label_config import ProjectConfig, parse, with_coarse
+
 from backend.connection import (
     BY_SCORE,
     FIRST_TITLE,
+    FLAGS,
     NOTE,
     OURS,
     SECRET_HEADER,
@@ -25,13 +28,13 @@ from backend.connection import (
     our_backend,
     our_tabs,
     our_webhooks,
+    ours_among,
     recorded,
     same_url,
     webhook_url,
 )
 from backend.detach import detach
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
-from backend.label_config import ProjectConfig, parse, with_coarse
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
@@ -39,12 +42,6 @@ __all__ = ["Plan", "Step", "apply", "check", "credentials", "detach", "our_backe
 
 #: Older releases lack personal access tokens or answer differently; the order of the queue is tested on 1.23.
 OLDEST = (1, 20)
-#: Project settings that make Label Studio serve the lowest score first, and ask us only for the task it serves.
-FLAGS = {
-    "sampling": "Uncertainty sampling",
-    "show_collab_predictions": True,
-    "evaluate_predictions_automatically": False,
-}
 #: Tasks whose image hosts are looked at; hosts that occur only later need another `attach`.
 SCANNED = 5000
 
@@ -164,9 +161,10 @@ def look(studio: LabelStudio, project: int, settings: Settings, groups: Mapping[
             f"project {project} wants {row['maximum_annotations']} annotations per task: Label Studio then serves "
             "tasks that others have begun before any order of ours; set it to 1 (Settings, Quality)"
         )
-    ours = our_backend(studio, project, settings)
+    backends = studio.ml_backends(project)
+    ours = ours_among(backends, settings)
     note = note_of(ours)
-    others = tuple(b for b in studio.ml_backends(project) if ours is None or b["id"] != ours["id"])
+    others = tuple(b for b in backends if ours is None or b["id"] != ours["id"])
     config = parse(row["label_config"], groups or note.get("groups"))
     return Found(studio, settings, row, config, ours, others, tuple(note.get("image_hosts", ())))
 
@@ -395,7 +393,7 @@ def hidden_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]
     for column in columns:
         path = f"{column['target']}:" + (f"{column['parent']}." if column.get("parent") else "") + column["id"]
         for mode, hidden in shown.items():
-            if not column["visibility_defaults"][mode] and (mode, path) != ("explore", BY_SCORE):
+            if not column.get("visibility_defaults", {}).get(mode, True) and (mode, path) != ("explore", BY_SCORE):
                 hidden.append(path)
     return shown
 

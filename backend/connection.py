@@ -25,10 +25,21 @@ BY_SCORE = "tasks:predictions_score"
 #: Versions of our rank predictions and of our prelabels.
 OURS = re.compile(r"(first-row|seg)-\d+")
 
+#: Project settings that make Label Studio serve the lowest score first, and ask us only for the task it serves.
+FLAGS = {
+    "sampling": "Uncertainty sampling",
+    "show_collab_predictions": True,
+    "evaluate_predictions_automatically": False,
+}
+
 
 def our_backend(studio: LabelStudio, project: int, settings: Settings) -> Row | None:
     """Our ML backend in a project: the one that carries our note, else the one at our address; None without one."""
-    rows = studio.ml_backends(project)
+    return ours_among(studio.ml_backends(project), settings)
+
+
+def ours_among(rows: Sequence[Row], settings: Settings) -> Row | None:
+    """Our ML backend among those of a project; None without one."""
     noted = [row for row in rows if NOTE in (row["extra_params"] or {})]
     return next(iter(noted + [row for row in rows if same_url(row["url"], settings.url)]), None)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from backend.connection import OURS, digest, note_of, our_backend, our_tabs, our_webhooks, unsigned
-from backend.errors import ConfigError, LabelStudioError
 from backend.label_config import parse, without_coarse
+
+from backend.connection import FLAGS, OURS, digest, note_of, our_backend, our_tabs, our_webhooks, unsigned
+from backend.errors import ConfigError, LabelStudioError
 from backend.labelstudio import LabelStudio, Row
 from backend.project import COARSE_COPY
 from backend.settings import Settings
-
 
 
 def detach(studio: LabelStudio, project: int, settings: Settings) -> Iterator[str]:
@@ -35,9 +35,9 @@ def detach(studio: LabelStudio, project: int, settings: Settings) -> Iterator[st
     yield from delete_predictions(studio, project, before.get("versions", []))
     if before:
         yield from restore_config(studio, project, before["label_config"], note_of(ours).get("config", ""))
-        yield from restore_settings(studio, project, before, ours)
     else:
         yield "It was connected without `attach`: sampling and label config stay as they are."
+    yield from restore_settings(studio, project, before, ours)
     for tab in our_tabs(studio, project, before.get("views", [])):
         studio.delete_view(tab["id"])
         yield f"Deleted the Data Manager tab {tab['data']['title']!r}."
@@ -120,12 +120,11 @@ def cleaned(now: str, before: str) -> str:
 def restore_settings(studio: LabelStudio, project: int, before: Mapping[str, Any], ours: Row) -> Iterator[str]:
     """Put back project settings that nobody has changed since."""
     now = studio.project(project)
-    flags = ("sampling", "show_collab_predictions", "evaluate_predictions_automatically")
-    wanted = {flag: before[flag] for flag in flags if now[flag] != before[flag]}
-    version = now["model_version"] or ""
-    if version in ("", ours["title"]) or OURS.fullmatch(version):
+    wanted = {flag: before[flag] for flag, value in FLAGS.items() if now[flag] == value != before.get(flag, value)}
+    if not now["model_version"] or now["model_version"] == ours["title"] or OURS.fullmatch(now["model_version"]):
         titles = {row["title"] for row in studio.ml_backends(project) if row["id"] != ours["id"]}
-        known = before["model_version"] in {*titles, *studio.versions(project)}
-        wanted["model_version"] = before["model_version"] if known else ""
-    studio.patch_project(project, **wanted)
-    yield "Put back " + ", ".join(f"{name} = {value!r}" for name, value in wanted.items()) + "."
+        version = before.get("model_version", "")
+        wanted["model_version"] = version if version in {*titles, *studio.versions(project)} else ""
+    if wanted:
+        studio.patch_project(project, **wanted)
+        yield "Put back " + ", ".join(f"{name} = {value!r}" for name, value in wanted.items()) + "."

@@ -254,9 +254,9 @@ class LabelStudio:
         rows = self.http.call("GET", "/api/ml/", params={"project": project})
         return sorted(rows, key=lambda row: int(row["id"]))
 
-    def connect_ml(self, project: int, **fields: object) -> Row:
-        """Connect an ML backend (`url`, `title`, ...); Label Studio asks it for `/health` and `/setup` at once."""
-        return dict(self.http.call("POST", "/api/ml/", body={"project": project, **fields}))
+    def connect_ml(self, **fields: object) -> Row:
+        """Connect an ML backend (`project`, `url`, `title`, ...); Label Studio calls its `/health` and `/setup` at once."""
+        return dict(self.http.call("POST", "/api/ml/", body=fields))
 
     def patch_ml(self, backend: int, **fields: object) -> Row:
         """Change a connection; `url`, `project` and the credentials must be among the fields.

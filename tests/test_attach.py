@@ -1,0 +1,447 @@
+"""Attach, check and detach on a real Label Studio."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backend import attach
+from backend.connection import SECRET_HEADER, signed, unsigned
+from backend.errors import AttachRefused, ConfigError, LabelStudioError
+from backend.label_config import parse
+from backend.labelstudio import LabelStudio
+from backend.settings import Settings
+
+CONFIG = """<View>
+  <!-- the team's own words stay -->
+  <Image name="picture" value="$photo"/>
+  <BrushLabels name="seg" toName="picture">
+    <Label value="Soil" background="#8B5A2B" hotkey="1"/><Label value="Crop"/><Label value="Weed"/>
+  </BrushLabels>
+</View>"""
+SECRET = "a secret"
+
+
+class Backend:
+    """Answers Label Studio as an ML backend does; refuses other secrets where `secret` is set."""
+
+    def __init__(self, secret: str | None) -> None:
+        self.events: list[tuple[str, str | None, Any]] = []
+        backend = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer({"status": "UP"})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                backend.events.append((self.path, self.headers.get(SECRET_HEADER), body))
+                self.answer({"model_version": "seg-0", "results": [[] for _ in body.get("tasks", [])]})
+
+            def answer(self, body: dict[str, Any]) -> None:
+                given = base64.b64decode((self.headers.get("Authorization") or "Basic ")[6:]).decode()
+                open_to_all = secret is None or self.path == "/webhook"
+                self.send_response(200 if open_to_all or given == f"firstrow:{secret}" else 401)
+                data = json.dumps(body).encode()
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    made = Backend(SECRET)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def sam() -> Iterator[Backend]:
+    made = Backend(None)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def door(studio: Any) -> LabelStudio:
+    return LabelStudio(studio.url, studio.token)
+
+
+@pytest.fixture
+def settings(studio: Any, backend: Backend, tmp_path: Path) -> Settings:
+    return settings_for(studio, backend.url, tmp_path)
+
+
+def settings_for(studio: Any, url: str, folder: Path, **more: str) -> Settings:
+    return Settings.read(
+        {
+            "LABEL_STUDIO_URL": studio.url,
+            "LABEL_STUDIO_API_KEY": studio.token,
+            "FIRSTROW_URL": url,
+            "FIRSTROW_STORE": str(folder / "store"),
+            "FIRSTROW_SECRET": SECRET,
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def project(door: LabelStudio) -> Iterator[int]:
+    made = door.create_project("team", CONFIG, sampling="Sequential sampling")["id"]
+    door.import_tasks(made, [{"photo": f"/data/upload/{n}.jpg"} for n in range(3)])
+    yield made
+    door.delete_project(made)
+
+
+def state(door: LabelStudio, project: int) -> dict[str, Any]:
+    """All of a project that attach may touch."""
+    row = door.project(project)
+    flags = ("label_config", "model_version", *attach.FLAGS)
+    return {
+        **{flag: row[flag] for flag in flags},
+        "tabs": [view["data"] for view in door.views(project)],
+        "backends": [(b["id"], b["title"], b["url"]) for b in door.ml_backends(project)],
+        "webhooks": [(w["id"], w["url"], w["headers"]) for w in door.webhooks(project)],
+        "versions": door.versions(project),
+    }
+
+
+def coarse_region(name: str = "cl3_0") -> dict[str, Any]:
+    return {
+        "id": name,
+        "from_name": "coarse",
+        "to_name": "picture",
+        "type": "brushlabels",
+        "original_width": 4,
+        "original_height": 2,
+        "image_rotation": 0,
+        "meta": {"text": ["cluster 3"], "cluster": 3},
+        "value": {"format": "rle", "rle": [0, 0, 0, 32], "brushlabels": ["Background"]},
+    }
+
+
+def test_plan_changes_nothing(door: LabelStudio, project: int, settings: Settings) -> None:
+    before = state(door, project)
+    sentences = attach.plan(door, project, settings).sentences
+    assert "images in 'photo', fine labels by BrushLabels 'seg'" in sentences[0]
+    assert "Background = Soil" in sentences[1]
+    assert "Foreground = Crop, Weed" in sentences[1]
+    for part in ("Connect the ML backend", "Add a control", "sampling", "secret", "tab 'First Row'"):
+        assert any(part in sentence for sentence in sentences), part
+    assert state(door, project) == before
+
+
+def test_attach_then_detach_leaves_the_project_as_it_was(
+    door: LabelStudio, project: int, settings: Settings, backend: Backend
+) -> None:
+    door.create_view(project, {"title": "Theirs", "ordering": ["tasks:id"]})
+    before = state(door, project)
+    attach.apply(attach.plan(door, project, settings))
+    after = state(door, project)
+    assert after["sampling"] == "Uncertainty sampling"
+    assert after["show_collab_predictions"]
+    assert after["backends"][0][1:] == ("first-row-0", backend.url)
+    assert [(url, headers) for _, url, headers in after["webhooks"]] == [
+        (f"{backend.url}/webhook", {SECRET_HEADER: SECRET})
+    ]
+    assert [tab["title"] for tab in after["tabs"]] == ["First Row", "Theirs"]
+    assert after["tabs"][0]["ordering"] == ["tasks:predictions_score"]
+    assert parse(after["label_config"]).coarse is not None
+    assert "the team's own words stay" in after["label_config"]
+    said = list(attach.detach(door, project, settings))
+    assert any("Disconnected" in sentence for sentence in said)
+    assert state(door, project) == before
+    assert list(attach.detach(door, project, settings)) == [f"Project {project} has no ML backend of ours."]
+
+
+def test_attach_twice_changes_nothing(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    before = state(door, project)
+    again = attach.plan(door, project, settings)
+    assert again.steps == ()
+    assert again.sentences[-1] == "Everything is in place; nothing to change."
+    assert attach.check(door, project, settings) == []
+    attach.apply(again)
+    assert state(door, project) == before
+
+
+def test_events_carry_the_secret(door: LabelStudio, project: int, settings: Settings, backend: Backend) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    task = next(door.tasks(project))["id"]
+    door.create_annotation(task, [])
+    event = next(e for e in backend.events if e[0] == "/webhook" and e[2]["action"] == "ANNOTATION_CREATED")
+    assert event[1] == SECRET
+
+
+def test_note_survives_new_titles(door: LabelStudio, project: int, settings: Settings) -> None:
+    groups = {"Ground": ["Soil"], "Vegetation": ["Crop", "Weed"]}
+    attach.apply(attach.plan(door, project, settings, groups))
+    ours = attach.our_backend(door, project, settings)
+    assert ours is not None
+    door.patch_ml(ours["id"], **attach.credentials(settings, project), title="first-row-8")
+    note = attach.recorded(door, project, settings)
+    assert note["groups"] == groups
+    assert note["before"]["label_config"] == CONFIG
+    assert attach.check(door, project, settings) == []  # the groups come from the note
+    assert door.project(project)["model_version"] == "first-row-8"
+
+
+def test_half_attached_is_said_and_repaired(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    whole = state(door, project)
+    [hook] = door.webhooks(project)
+    door.patch_webhook(hook["id"], url=hook["url"], headers={})
+    door.delete_view(door.views(project)[0]["id"])
+    door.patch_project(project, sampling="Uniform sampling")
+    said = attach.check(door, project, settings)
+    assert len(said) == 3
+    assert "sampling = Uncertainty sampling (now Uniform sampling)" in said[0]
+    attach.apply(attach.plan(door, project, settings))
+    assert state(door, project) == whole
+
+
+def test_connected_by_label_studios_own_page(door: LabelStudio, project: int, settings: Settings) -> None:
+    door.connect_ml(**{**attach.credentials(settings, project), "title": "my model"})
+    said = attach.check(door, project, settings)
+    assert any("its title is not that of a ranking" in sentence for sentence in said)
+    assert any("secret on the webhook" in sentence for sentence in said)
+    attach.apply(attach.plan(door, project, settings))
+    assert attach.check(door, project, settings) == []
+    assert [b["title"] for b in door.ml_backends(project)] == ["first-row-0"]
+    list(attach.detach(door, project, settings))
+    assert door.project(project)["label_config"] == CONFIG
+    assert door.project(project)["model_version"] == ""
+
+
+def test_connected_by_hand_and_never_attached_can_be_detached(
+    door: LabelStudio, project: int, settings: Settings
+) -> None:
+    before = state(door, project)
+    door.connect_ml(**{**attach.credentials(settings, project), "title": "my model"})
+    said = list(attach.detach(door, project, settings))
+    assert "It was connected without `attach`: sampling and label config stay as they are." in said
+    assert state(door, project) == before
+
+
+def test_another_backend_came_first(door: LabelStudio, project: int, settings: Settings, sam: Backend) -> None:
+    door.connect_ml(project=project, url=sam.url, title="SAM", is_interactive=True)
+    before = state(door, project)
+    todo = attach.plan(door, project, settings)
+    assert any("'SAM': prelabels for the head of the queue will travel" in sentence for sentence in todo.sentences)
+    attach.apply(todo)
+    assert [title for _, title, _ in state(door, project)["backends"]] == ["SAM", "first-row-0"]
+    list(attach.detach(door, project, settings))
+    assert state(door, project) == before  # SAM's version is in force again
+
+
+def test_versions_of_others_stay(door: LabelStudio, project: int, settings: Settings) -> None:
+    tasks = [task["id"] for task in door.tasks(project)]
+    door.import_predictions(
+        project,
+        [{"task": tasks[0], "result": [], "score": 0.5, "model_version": v} for v in ("seg-1", "theirs")],
+    )
+    door.patch_project(project, model_version="theirs")
+    before = state(door, project)
+    attach.apply(attach.plan(door, project, settings))
+    rows = [{"task": t, "result": [], "score": 0.5, "model_version": "first-row-4"} for t in tasks]
+    door.import_predictions(project, rows)
+    ours = attach.our_backend(door, project, settings)
+    assert ours is not None
+    door.patch_ml(ours["id"], **attach.credentials(settings, project), title="first-row-4")
+    assert attach.check(door, project, settings) == ["Set model_version = first-row-4 (now theirs)."]
+    attach.apply(attach.plan(door, project, settings))
+    said = list(attach.detach(door, project, settings))
+    assert "Deleting 3 predictions of 'first-row-4' ..." in said
+    assert state(door, project) == before
+
+
+def test_a_changed_config_keeps_its_changes(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    theirs = door.project(project)["label_config"].replace('value="Weed"', 'value="Thistle"')
+    door.patch_project(project, label_config=theirs)
+    list(attach.detach(door, project, settings))
+    left = door.project(project)["label_config"]
+    assert parse(left).coarse is None
+    assert parse(left).fine.labels == ("Soil", "Crop", "Thistle")
+
+
+def test_a_coarse_control_of_the_team_stays(door: LabelStudio, settings: Settings) -> None:
+    own = CONFIG.replace(
+        "</View>",
+        '<BrushLabels name="coarse" toName="picture"><Label value="Background"/><Label value="Foreground"/>'
+        '<Label value="Mixed"/></BrushLabels></View>',
+    )
+    project = door.create_project("own", own)["id"]
+    try:
+        todo = attach.plan(door, project, settings)
+        assert not any("Add a control" in sentence for sentence in todo.sentences)
+        attach.apply(todo)
+        list(attach.detach(door, project, settings))
+        assert door.project(project)["label_config"] == own
+    finally:
+        door.delete_project(project)
+
+
+def test_coarse_annotations_keep_their_control(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    task = next(door.tasks(project))["id"]
+    door.create_annotation(task, [coarse_region()])
+    attached = door.project(project)["label_config"]
+    said = list(attach.detach(door, project, settings))
+    assert "Kept the control for coarse labels: annotations use it." in said
+    assert door.project(project)["label_config"] == attached
+    assert door.project(project)["sampling"] == "Sequential sampling"
+
+
+def test_coarse_copies_become_annotations_again(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    waiting, done, again = (task["id"] for task in door.tasks(project))
+    author = door.whoami()["id"]
+    for task in (waiting, done, again):
+        door.create_prediction(task, signed([coarse_region()], author), "coarse-labels")
+    door.create_annotation(done, [{**coarse_region("f1"), "from_name": "seg", "value": FINE}])
+    door.create_annotation(again, [coarse_region()])  # a detach that died before it deleted the copy
+    said = list(attach.detach(door, project, settings))
+    assert "Made the coarse labels of 1 tasks annotations again." in said
+    assert any("Left the coarse labels of 1 annotated tasks" in sentence for sentence in said)
+    [restored] = door.task(waiting, project)["annotations"]
+    assert restored["completed_by"] == author
+    assert {**coarse_region(), "origin": restored["result"][0].get("origin")} == {
+        "origin": None,
+        **restored["result"][0],
+    }
+    assert door.versions(project) == {"coarse-labels": 1}
+    assert len(door.task(again, project)["annotations"]) == 1
+
+
+FINE = {"format": "rle", "rle": [0, 0, 0, 32], "brushlabels": ["Crop"]}
+
+
+def test_signing_is_undone_exactly() -> None:
+    regions = [coarse_region(), {"id": "x", "from_name": "coarse"}]
+    assert unsigned(signed(regions, 7)) == (regions, 7)
+    assert unsigned(regions) == (regions, None)
+
+
+def test_a_moved_backend(
+    door: LabelStudio, project: int, settings: Settings, sam: Backend, studio: Any, tmp_path: Path
+) -> None:
+    before = state(door, project)
+    attach.apply(attach.plan(door, project, settings))
+    moved = settings_for(studio, sam.url, tmp_path)
+    assert any("its address is" in sentence for sentence in attach.check(door, project, moved))
+    attach.apply(attach.plan(door, project, moved))
+    now = state(door, project)
+    assert [url for _, _, url in now["backends"]] == [sam.url]
+    assert [url for _, url, _ in now["webhooks"]] == [f"{sam.url}/webhook"]
+    list(attach.detach(door, project, moved))
+    assert state(door, project) == before
+
+
+def test_image_hosts(door: LabelStudio, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = door.create_project("hosts", CONFIG)["id"]
+    try:
+        urls = ("http://192.168.3.4:8000/a.png", "https://1.1.1.1/b.png", f"{door.url}/data/upload/1/c.png", "s3://x/y")
+        door.import_tasks(project, [{"photo": url} for url in urls])
+        todo = attach.plan(door, project, settings)
+        assert "Images will be fetched from 1.1.1.1." in todo.sentences
+        assert any(s.startswith("Images on 192.168.3.4:8000 will not be fetched") for s in todo.sentences)
+        attach.apply(todo)
+        assert attach.recorded(door, project, settings)["image_hosts"] == ["1.1.1.1"]
+        assert attach.plan(door, project, settings).steps == ()
+    finally:
+        door.delete_project(project)
+
+
+# What cannot work
+
+
+def test_nobody_answers_at_our_address(door: LabelStudio, project: int, studio: Any, tmp_path: Path) -> None:
+    before = state(door, project)
+    nobody = Backend(None)
+    nobody.stop()
+    todo = attach.plan(door, project, settings_for(studio, nobody.url, tmp_path))
+    with pytest.raises(
+        AttachRefused, match=f"cannot reach us at {nobody.url}: start `firstrow serve`, or set FIRSTROW_URL"
+    ):
+        attach.apply(todo)
+    assert state(door, project) == before
+
+
+def test_another_secret_answers(door: LabelStudio, project: int, studio: Any, tmp_path: Path) -> None:
+    before = state(door, project)
+    other = Backend("another")
+    try:
+        with pytest.raises(AttachRefused, match="has another secret"):
+            attach.apply(attach.plan(door, project, settings_for(studio, other.url, tmp_path)))
+    finally:
+        other.stop()
+    assert state(door, project) == before
+
+
+def test_several_annotations_per_task(door: LabelStudio, project: int, settings: Settings) -> None:
+    door.patch_project(project, maximum_annotations=2)
+    with pytest.raises(AttachRefused, match="wants 2 annotations per task"):
+        attach.plan(door, project, settings)
+    assert "wants 2 annotations per task" in attach.check(door, project, settings)[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '<View><Text name="t" value="$text"/><Choices name="c" toName="t"><Choice value="x"/></Choices></View>',
+        '<View><Image name="i" value="$image"/><Choices name="c" toName="i"><Choice value="x"/></Choices></View>',
+    ],
+)
+def test_no_image_or_no_masks(door: LabelStudio, settings: Settings, config: str) -> None:
+    project = door.create_project("other", config)["id"]
+    try:
+        with pytest.raises(ConfigError):
+            attach.plan(door, project, settings)
+        assert len(attach.check(door, project, settings)) == 1
+    finally:
+        door.delete_project(project)
+
+
+@pytest.mark.parametrize("version", ["1.19.0", "0.9", "1.9.2.post1"])
+def test_old_label_studio(version: str) -> None:
+    with pytest.raises(AttachRefused, match=f"Label Studio {version} is too old: upgrade it to 1.20"):
+        attach.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["1.20.0", "1.23.2", "2.0", "1.24.0.dev1", ""])
+def test_new_label_studio(version: str) -> None:
+    attach.check_version(version)
+
+
+def test_wrong_key(project: int, settings: Settings, studio: Any) -> None:
+    with pytest.raises(LabelStudioError, match="set LABEL_STUDIO_API_KEY"):
+        attach.plan(LabelStudio(studio.url, "wrong"), project, settings)
+
+
+@pytest.mark.parametrize("said", ["URL resolves to a reserved network address (block: 127.0.0.0/8)"])
+def test_private_addresses_are_explained(said: str) -> None:
+    refusal = attach.unreachable("http://10.0.0.5:9090", LabelStudioError(said, 403))
+    assert "ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false" in str(refusal)
+    other = LabelStudioError("You do not have permission", 403)
+    assert attach.unreachable("http://10.0.0.5:9090", other) is other
