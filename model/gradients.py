@@ -42,9 +42,15 @@ def posteriors(logits: Tensor, target: Tensor, sets: Tensor) -> tuple[Tensor, Te
     Returns:
         two of (N, C, H, W), each summing to 1 over C; p - q is the gradient of `marginal_cross_entropy`.
     """
+    log_p, log_q = log_posteriors(logits, target, sets)
+    return log_p.exp(), log_q.exp()
+
+
+def log_posteriors(logits: Tensor, target: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of what `posteriors` gives; that of q is minus infinity outside the set."""
     full = _full(logits)
     # Not p * M / sum(p * M), which is 0 / 0 where the network is certain of a class outside the set.
-    return full.softmax(1), _inside(full, target, sets).softmax(1)
+    return full.log_softmax(1), _inside(full, target, sets).log_softmax(1)
 
 
 def gradient_embedding(residual: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -127,5 +133,6 @@ def _full(logits: Tensor) -> Tensor:
 
 def _inside(logits: Tensor, target: Tensor, sets: Tensor) -> Tensor:
     """Logits, minus infinity for classes outside the pixel's set."""
-    # A uint8 index would be taken for a mask.
-    return logits.masked_fill(~sets[target.long()].movedim(-1, 1), -torch.inf)
+    # A uint8 index would be taken for a mask; classes first, since that is how logits lie in memory.
+    outside = ~sets.T.contiguous()[:, target.long()]
+    return logits.masked_fill(outside.movedim(0, 1), -torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.classes import Classes
-from model.gradients import gradient_embedding, label_variance, marginal_cross_entropy, posteriors, squared_features
+from model.gradients import gradient_embedding, label_variance, log_posteriors, posteriors, squared_features
 from model.network import Network
 
 
@@ -139,7 +140,8 @@ class Scorer:
         )
 
     def _score(self, seen: Seen, rows: Tensor) -> ImageScore:
-        p, q = (x[0] for x in posteriors(seen.logits[None], rows[None], self._sets))
+        log_p, log_q = (x[0] for x in log_posteriors(seen.logits[None], rows[None], self._sets))
+        p, q = log_p.exp(), log_q.exp()
         best, prediction = p.max(0)
         named = self._named[rows]
         known = named >= 0
@@ -152,9 +154,10 @@ class Scorer:
             "variance": variance,
             "coarse_egl": magnitude.square() + variance,
             "egl": label_variance(p, squared),
-            "pseudo_loss": marginal_cross_entropy(seen.logits[None], rows[None], self._sets).mean(),
+            # Inside the set q is p times a factor, whose logarithm is the loss.
+            "pseudo_loss": (log_q - log_p).amax(0).mean(),
             "foreground": foreground.float().mean(),
-            **uncertainty(seen.logits, self.classes),
+            **uncertainty(log_p, p, self.classes),
         }
         if not known.any():
             gradient = gradient_embedding(p - one_hot(prediction, len(p)), seen.layers)
@@ -193,19 +196,17 @@ def gradient_map(
         return pull
 
 
-def uncertainty(logits: Tensor, classes: Classes) -> dict[str, Tensor]:
-    """Mean uncertainties of logits (C, H, W), by their names in `ImageScore`."""
-    log_p = logits.log_softmax(0)
-    p = log_p.exp()
-    log_group = torch.stack([log_p[list(g)].logsumexp(0) for g in classes.groups])
-    coarse_entropy = -(log_group.exp() * log_group).sum(0).mean()
-    fine_entropy = -(p * (log_p - log_group[classes.coarse_of().tolist()])).sum(0).mean()
+def uncertainty(log_p: Tensor, p: Tensor, classes: Classes) -> dict[str, Tensor]:
+    """Mean uncertainties of probabilities (C, H, W) and their logarithms, by their names in `ImageScore`."""
+    log_group = torch.stack([reduce(torch.logaddexp, log_p[list(group)]) for group in classes.groups])
+    entropy, coarse_entropy = (-(x * log_x).sum(0).mean() for x, log_x in ((p, log_p), (log_group.exp(), log_group)))
     best, index = p.max(0, keepdim=True)
     second = p.scatter(0, index, 0).amax(0)
     return {
-        "entropy": -(p * log_p).sum(0).mean(),
+        "entropy": entropy,
         "coarse_entropy": coarse_entropy,
-        "fine_entropy": fine_entropy,
+        # The chain rule; rounding may leave it just below 0.
+        "fine_entropy": (entropy - coarse_entropy).clamp_min(0),
         "least_confidence": 1 - best.mean(),
         "margin": (best[0] - second).mean(),
     }
