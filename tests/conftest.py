@@ -1,0 +1,133 @@
+"""Real parts: one Redis and one Label Studio for the whole run, a fresh project and fresh workers where a test asks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import redis
+from numpy.typing import NDArray
+
+from backend.context import Context, connect
+from backend.embedded import LOOPBACK, Studio, free_port, start_redis, start_serve, start_studio, start_worker
+from backend.labelstudio import LabelStudio
+from backend.settings import Settings
+from model.field import render
+
+#: Small and quick: what is tested is the loop, not the network.
+QUICK = {"FIRSTROW_IMAGE_SIZE": "128", "FIRSTROW_TRAIN_STEPS": "4", "FIRSTROW_NETWORK": "lraspp_efficientnet_lite0"}
+
+
+@pytest.fixture(scope="session")
+def services_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Logs and data of the services of this run."""
+    return tmp_path_factory.mktemp("services")
+
+
+@pytest.fixture(scope="session")
+def redis_url(services_folder: Path) -> Iterator[str]:
+    """A real Redis server."""
+    with start_redis(services_folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def studio(services_folder: Path) -> Iterator[Studio]:
+    """A real Label Studio."""
+    with start_studio(services_folder) as running:
+        yield running
+
+
+@pytest.fixture
+def label_studio(studio: Studio) -> LabelStudio:
+    """Our door to it, with the administrator's key."""
+    return LabelStudio(studio.url, studio.token)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The pixel-labelled sets that tests use when they are there."""
+    given = Path(os.environ.get("FIRSTROW_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not given.is_dir():
+        pytest.skip(f"no pixel-labelled sets in {given}: set FIRSTROW_DATA to the folder that holds them")
+    return given
+
+
+@dataclass
+class Backend:
+    """A running backend of our own: a web process and a worker, with a store of their own."""
+
+    context: Context
+    environment: dict[str, str]
+    folder: Path
+    stack: ExitStack
+
+    def wait(self, project: int, after: int = 0, seconds: float = 240) -> int:
+        """Wait for an order newer than round `after`, and until nothing is left to do; returns its round."""
+        board, until = self.context.board, time.monotonic() + seconds
+        while board.busy(project) or board.wished(project) or self.round(project) <= after:
+            error = board.error(project)
+            if (error and not board.busy(project)) or time.monotonic() > until:
+                logs = "\n".join(log.read_text()[-3000:] for log in self.folder.glob("*.log"))
+                raise AssertionError(f"no new order after round {after}: {error}, jobs {board.jobs(project)}\n{logs}")
+            time.sleep(0.05)
+        return self.round(project)
+
+    def round(self, project: int) -> int:
+        """Number of the order in force."""
+        return int(self.context.board.state(project).get("round", 0))
+
+
+@pytest.fixture
+def make_backend(studio: Studio, redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Backend]]:
+    """Start a backend; keyword arguments are settings."""
+    with ExitStack() as stack:
+
+        def make(worker: bool = True, **settings: str) -> Backend:
+            port, folder = free_port(), tmp_path / f"backend-{free_port()}"
+            folder.mkdir()
+            environment = {
+                **QUICK,
+                "REDIS_URL": redis_url,
+                "LABEL_STUDIO_URL": studio.url,
+                "LABEL_STUDIO_API_KEY": studio.token,
+                "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
+                "FIRSTROW_PORT": str(port),
+                "FIRSTROW_STORE": str(folder / "store"),
+                "FIRSTROW_CACHE": str(folder / "cache"),
+                **settings,
+            }
+            with redis.Redis.from_url(redis_url) as client:
+                client.flushall()
+            inner = stack.enter_context(ExitStack())
+            inner.enter_context(start_serve(folder, environment))
+            if worker:
+                inner.enter_context(start_worker(folder, environment))
+            return Backend(connect(Settings.read(environment)), environment, folder, inner)
+
+        yield make
+
+
+@pytest.fixture
+def backend(make_backend: Callable[..., Backend]) -> Backend:
+    """A backend with quick settings."""
+    return make_backend()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, NDArray[np.uint8]]:
+    """Eight small pictures of a rendered field, and their masks (0 soil, 1 crop, 2 weed)."""
+    folder, found = tmp_path_factory.mktemp("pictures"), {}
+    for number in range(8):
+        image, mask = render(number, "target", (160, 120))
+        path = folder / f"field-{number}.jpg"
+        cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+        found[path] = mask
+    return found
