@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ log = logging.getLogger(__name__)
 #: read; a wrong secret is refused everywhere but at /health.
 OPEN = {"/setup", "/predict", "/versions", "/job_status", "/is_training", "/metrics"}
 HEALTH = {"/", "/health"}
+#: What rq takes for a job id.
+JOB_ID = re.compile(r"[A-Za-z0-9_-]+")
 #: Bytes. Label Studio takes 250 MiB itself; a request for a whole project's tasks with their masks can be larger.
 LARGEST = 1 << 30
 
@@ -211,9 +214,9 @@ def _check_body() -> None:
 
 def _job_status() -> Response:
     given = request.get_json() if request.method == "POST" else request.args
-    name = str(given.get("job", ""))
-    for queue in (GPU, DEFAULT):
-        job = _doors().board.queue(queue).fetch_job(name) if name else None
+    name = str(given.get("job"))
+    for queue in (GPU, DEFAULT) if JOB_ID.fullmatch(name) else ():
+        job = _doors().board.queue(queue).fetch_job(name)
         if job is not None:
             status = job.get_status(refresh=False)
             return jsonify(job=name, job_status=status.value if status else "unknown", **job.meta)

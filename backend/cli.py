@@ -110,24 +110,25 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 
 def _run_serve(given: argparse.Namespace) -> None:
+    settings = _settings()
     from backend.app import serve
 
-    settings = _settings()
     serve(settings, given.host, given.port or settings.port, given.workers)
 
 
 def _run_worker(given: argparse.Namespace) -> int:
+    _settings()  # its faults are worth one line here, not one per restart of the worker
     from backend.worker import run
 
-    _settings()  # its faults are worth one line here, not one per restart of the worker
     return run(given.queues.split(","))
 
 
 def _run_attach(given: argparse.Namespace) -> None:
+    settings = _settings()
     from backend import attach
     from backend.context import connect
 
-    ctx = connect(_settings())
+    ctx = connect(settings)
     plan = attach.plan(ctx.studio, given.project, ctx.settings, _groups(given.group))
     for sentence in plan.sentences:
         _say(sentence)
@@ -138,20 +139,22 @@ def _run_attach(given: argparse.Namespace) -> None:
 
 
 def _run_detach(given: argparse.Namespace) -> None:
+    settings = _settings()
     from backend import attach
     from backend.context import connect
 
-    ctx = connect(_settings())
+    ctx = connect(settings)
     for sentence in attach.detach(ctx.studio, given.project, ctx.settings):
         _say(sentence)
     ctx.board.forget(given.project)
 
 
 def _run_status(given: argparse.Namespace) -> None:
+    settings = _settings()
     from backend.context import connect
     from backend.status import show, status
 
-    found = status(connect(_settings()), given.project)
+    found = status(connect(settings), given.project)
     if given.json:
         _say(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
     else:

