@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from backend.label_config import ProjectConfig
+from backend.regions import UNLABELLED, fine_regions, to_mask
 from numpy.typing import NDArray
 
-from backend.label_config import ProjectConfig
 from backend.labelstudio import LabelStudio
-from backend.regions import UNLABELLED, fine_regions, to_mask
 from model.classes import IGNORE
 
 

@@ -124,7 +124,7 @@ def _run_worker(given: argparse.Namespace) -> int:
 
 
 def _run_attach(given: argparse.Namespace) -> None:
-    settings = _settings()
+    settings = _settings(quiet=True)
     from backend import attach
     from backend.context import connect
 
@@ -139,7 +139,7 @@ def _run_attach(given: argparse.Namespace) -> None:
 
 
 def _run_detach(given: argparse.Namespace) -> None:
-    settings = _settings()
+    settings = _settings(quiet=True)
     from backend import attach
     from backend.context import connect
 
@@ -150,7 +150,7 @@ def _run_detach(given: argparse.Namespace) -> None:
 
 
 def _run_status(given: argparse.Namespace) -> None:
-    settings = _settings()
+    settings = _settings(quiet=True)
     from backend.context import connect
     from backend.status import show, status
 
@@ -162,12 +162,14 @@ def _run_status(given: argparse.Namespace) -> None:
 
 
 def _run_secret(given: argparse.Namespace) -> None:
-    _say(_settings().secret_value())
+    _say(_settings(quiet=True).secret_value())
 
 
-def _settings() -> Settings:
+def _settings(quiet: bool = False) -> Settings:
+    """The settings, and a log on stderr; `quiet` for commands whose output is for people, their faults one line."""
     settings = Settings.read()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    level = "ERROR" if quiet else settings.log_level
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return settings
 
 

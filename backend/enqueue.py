@@ -70,7 +70,7 @@ class Board:
         for name in ("changed", "deleted"):
             aside = _key(project, f"{name}:taken")
             with self.redis.pipeline() as pipe:
-                pipe.sunionstore(aside, aside, _key(project, name))
+                pipe.sunionstore(aside, [aside, _key(project, name)])
                 pipe.delete(_key(project, name))
                 pipe.smembers(aside)
                 found.append({int(i) for i in pipe.execute()[-1]})
@@ -163,9 +163,7 @@ class Board:
         """The rq queue of that name; payloads are JSON."""
         return Queue(name, connection=self.redis, serializer=JSONSerializer)
 
-    def enqueue(
-        self, step: str, project: int, *args: Any, after: Sequence[Job] = (), job_id: str | None = None
-    ) -> Job:
+    def enqueue(self, step: str, project: int, *args: Any, after: Sequence[Job] = (), job_id: str | None = None) -> Job:
         """Queue `backend.jobs.<step>(project, *args)`.
 
         It runs when every job of `after` has ended, well or not: each step looks at what is in the store, so that
@@ -192,7 +190,7 @@ class Board:
         found = []
         for raw in self.redis.lrange(_key(project, "jobs"), 0, -1):
             try:
-                job = Job.fetch(raw.decode(), connection=self.redis, serializer=JSONSerializer)
+                job = Job.fetch(_text(raw), connection=self.redis, serializer=JSONSerializer)
             except NoSuchJobError:
                 continue
             status = job.get_status(refresh=False)
@@ -264,8 +262,12 @@ def progress(done: int, total: int) -> None:
     job = get_current_job()
     if job is not None:
         job.meta.update(done=done, total=total)
-        job.save_meta()
+        job.save_meta()  # type: ignore[no-untyped-call]
 
 
 def _key(project: int, name: str) -> str:
     return f"firstrow:{project}:{name}"
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,14 +1,14 @@
 """What can go wrong, said in a sentence: what, where, and what to do.
 
-    FirstRowError
-    |- SettingsError       the environment
-    |- LabelStudioError    Label Studio did not do what was asked
-    |- ConfigError         a label config that cannot be used
-    |- ImageFetchError     one image cannot be had
-    |- MaskError           one region or mask cannot be read
-    |- StoreError          the store cannot be read or written
-    |- AttachRefused       a project that cannot be attached as it is
-    `- JobError            a step of a round cannot be done
+FirstRowError
+|- SettingsError       the environment
+|- LabelStudioError    Label Studio did not do what was asked
+|- ConfigError         a label config that cannot be used
+|- ImageFetchError     one image cannot be had
+|- MaskError           one region or mask cannot be read
+|- StoreError          the store cannot be read or written
+|- AttachRefused       a project that cannot be attached as it is
+`- JobError            a step of a round cannot be done
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec
 
-from backend.errors import FirstRowError
-
 from backend.context import Context, context
 from backend.enqueue import progress
+from backend.errors import FirstRowError
 from backend.learn import read_scores, score_tasks, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
 from backend.prepare import fit_codebook as fit
@@ -32,7 +31,7 @@ P = ParamSpec("P")
 PREPARE_SHARD, SCORE_SHARD = 64, 64
 
 
-def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[Concatenate[int, P], None]:
+def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[..., None]:
     """A job: logs start and end, and leaves the reason of a failure where `status` looks."""
 
     @wraps(job)

@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from backend.errors import FirstRowError, JobError
 from backend.label_config import ProjectConfig
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.errors import FirstRowError, JobError
+from backend.prepare import clusters_name, target_of
+from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import Classes
 from model.metrics import confusion, mean_iou
 from model.network import Network, build_available, load, save
 from model.pseudo import fine_target
 from model.scoring import ImageScore, Scorer
 from model.training import Recipe, train
-from numpy.typing import NDArray
-
-from backend.context import Context
-from backend.enqueue import progress
-from backend.prepare import clusters_name, target_of
-from backend.project import Index, Project, TaskRecord, labelled, pool
 
 log = logging.getLogger(__name__)
 

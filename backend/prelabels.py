@@ -9,14 +9,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-from backend.errors import FirstRowError
 from backend.label_config import ProjectConfig
 from backend.regions import coarse_regions, fine_regions
-from backend.store import Store
-from model.classes import IGNORE, UNKNOWN
 from numpy.typing import NDArray
 
+from backend.errors import FirstRowError
 from backend.project import Index, Project, TaskRecord, known
+from backend.store import Store
+from model.classes import IGNORE, UNKNOWN
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def cluster_regions(
     return coarse_regions(labels, names, config, record.size, [score for _, score in guesses])
 
 
-def full_regions(
-    project: Project, config: ProjectConfig, task: int, state: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The network's mask, or before there is one the clusters' coarse classes, as pieces in the fine control.
 
     Where a person gave the task coarse labels the mask keeps to them.
@@ -117,9 +115,7 @@ def coarse_map(
     return voted if own is None else np.where(own == UNKNOWN, voted, own).astype(np.uint8)
 
 
-def from_clusters(
-    clusters: NDArray[np.uint8], config: ProjectConfig
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def from_clusters(clusters: NDArray[np.uint8], config: ProjectConfig) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Fine classes from coarse ones: the first class of the group, as sure as a guess within the group can be."""
     first = np.full(256, IGNORE, np.uint8)
     sure = np.zeros(256, np.uint8)
@@ -136,7 +132,9 @@ def keep_to(
     Returns:
         The mask (H, W), and the confidence, 0 where it was replaced.
     """
-    coarse_of = np.append(config.classes.coarse_of(), [UNKNOWN] * (256 - len(config.classes.coarse_of()))).astype(np.uint8)
+    coarse_of = np.append(config.classes.coarse_of(), [UNKNOWN] * (256 - len(config.classes.coarse_of()))).astype(
+        np.uint8
+    )
     mask, sure = prediction.copy(), sure.copy()
     for coarse, members in enumerate(config.classes.groups):
         wrong = (own == coarse) & (coarse_of[prediction] != coarse)

@@ -7,8 +7,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from backend.errors import FirstRowError
 from backend.label_config import ProjectConfig
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.errors import FirstRowError
+from backend.project import Index, Project, TaskRecord, labelled, with_error
+from backend.sync import read_task
 from model.classes import UNKNOWN
 from model.clusters import (
     DEFAULT_K,
@@ -18,12 +24,6 @@ from model.clusters import (
     sample_pixels,
 )
 from model.pseudo import cluster_votes, decide, pseudo_ground_truth
-from numpy.typing import NDArray
-
-from backend.context import Context
-from backend.enqueue import progress
-from backend.project import Index, Project, TaskRecord, labelled, with_error
-from backend.sync import read_task
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 from backend.label_config import ProjectConfig, parse
+from numpy.typing import NDArray
+
 from backend.store import Store
 from model.classes import MIXED, UNKNOWN
 from model.clusters import DEFAULT_K, Codebook
-from numpy.typing import NDArray
 
 Stage = Literal["new", "coarse", "returned", "full"]
 #: `model_version` of the predictions that keep a person's coarse labels after their annotation was deleted.
@@ -171,7 +172,7 @@ def labelled(index: Index) -> list[TaskRecord]:
 
 def stages(index: Index) -> dict[str, int]:
     """How many tasks are in each stage, and how many have an error."""
-    counts = {stage: 0 for stage in ("new", "coarse", "returned", "full")}
+    counts = dict.fromkeys(("new", "coarse", "returned", "full"), 0)
     for record in index.values():
         counts[record.stage] += 1
     return {**counts, "unusable": sum(bool(record.error) for record in index.values())}

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from backend.attach import credentials, our_backend
-from backend.errors import JobError, LabelStudioError
 from backend.label_config import ProjectConfig
 
+from backend.connection import OURS, credentials, our_backend, signed
 from backend.context import Context
+from backend.errors import JobError, LabelStudioError
 from backend.learn import is_trained, model_info, network_key
 from backend.prelabels import regions
 from backend.prepare import clusters_name
@@ -46,7 +46,8 @@ def publish_order(
     backend = our_backend(ctx.studio, project.id, ctx.settings)
     if backend is None:
         raise JobError(
-            f"project {project.id} has no ML backend at {ctx.settings.url}: run `firstrow attach --project {project.id}`"
+            f"project {project.id} has no ML backend at {ctx.settings.url}: "
+            f"run `firstrow attach --project {project.id}`"
         )
     state = new_state(ctx, project, index, config, places, number)
     ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
@@ -134,12 +135,11 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
 def clean_generations(ctx: Context, project: Project) -> None:
     """Delete rank predictions and prelabels of earlier rounds; keeps people's coarse copies and others' versions."""
     state = project.state()
-    keep = {state.get("queue"), state.get("version"), COARSE_COPY}
+    before = project.extra().get("before", {}).get("versions", [])
     for version in ctx.studio.versions(project.id):
-        name, _, number = version.rpartition("-")
-        if version not in keep and name in (QUEUE, VERSION) and number.isdigit():
-            if int(number) > int(state.get("round", 0)):
-                continue  # a round that is publishing now
+        if not OURS.fullmatch(version) or version in before:
+            continue
+        if int(version.rpartition("-")[2]) < int(state.get("round", 0)):  # higher: a round that is publishing now
             ctx.studio.delete_version(project.id, version)
             restore_version(ctx, project, state["queue"])
 
@@ -165,8 +165,9 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
         return record  # a person was faster: their change has its own event
     annotation = found[0]
     copies = [p for p in task.get("predictions") or [] if p.get("model_version") == COARSE_COPY]
-    if not any(copy.get("result") == annotation["result"] for copy in copies):
-        ctx.studio.create_prediction(record.id, annotation["result"], COARSE_COPY)
+    kept = signed(annotation["result"], int(annotation["completed_by"]))
+    if not any(copy.get("result") == kept for copy in copies):
+        ctx.studio.create_prediction(record.id, kept, COARSE_COPY)
     ctx.board.ours(annotation["id"])
     try:
         ctx.studio.delete_annotation(annotation["id"])

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 from backend.label_config import ProjectConfig
-from model.classes import MIXED, UNKNOWN
-from model.clusters import cover, vegetation_guess
-from model.strategies import STRATEGIES, Pool, Ranking
 from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.learn import COLUMNS, Scores, is_trained, network_key, read_scores
 from backend.prepare import clusters_name, histograms
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
+from model.classes import MIXED, UNKNOWN
+from model.clusters import cover, vegetation_guess
+from model.strategies import STRATEGIES, Pool, Ranking
 
 #: Coarse labels stop being asked for when clusters nobody named cover less than this share of the pool's pixels.
 UNDECIDED = 0.02
@@ -88,9 +88,7 @@ def reasoned(tasks: Sequence[int], ranking: Ranking, i: int) -> Place:
     return Place(tasks[i], "full", float(ranking.utility[i]), parts)
 
 
-def coarse_asks(
-    ctx: Context, project: Project, index: Index, config: ProjectConfig
-) -> list[tuple[int, float]]:
+def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[tuple[int, float]]:
     """Tasks to be labelled coarsely next, best cover of the pool first, with the share each one adds."""
     clusters = clusters_name(ctx, project)
     if config.coarse is None or not clusters:
@@ -120,9 +118,7 @@ def coarse_wanted(
     return int(enough > 0 and ctx.settings.clusters == "codebook" and undecided > UNDECIDED and done < MOST * enough)
 
 
-def guesses(
-    ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig
-) -> list[tuple[int, float]]:
+def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[tuple[int, float]]:
     """A guess for each cluster of one task: (coarse class, how sure, 0..1).
 
     By what is known, the best first: the votes so far, the network's mask, a vegetation index, else the background.

@@ -19,7 +19,7 @@ from backend.store import Store
 #: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
 OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
 #: Where the generated secret lies in the store.
-SECRET_KEY = "secret"
+SECRET_KEY = "secret"  # noqa: S105  (its name)
 HTTP = re.compile(r"^https?://[^/\s]+")
 
 
@@ -51,7 +51,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Nothing is read behind the caller's back: `read` hands the environment over."""
         return (init_settings,)
@@ -97,7 +102,7 @@ class Settings(BaseSettings):
         names = {str(field.alias) for field in cls.model_fields.values()}
         faults = [_unknown(name, names) for name in sorted(environ) if _is_typo(name, names)]
         try:
-            found = cls(**{name: environ[name] for name in names if environ.get(name, "") != ""})
+            found = cls.model_validate({name: environ[name] for name in names if environ.get(name, "") != ""})
         except ValidationError as error:
             faults += [f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
         if faults:

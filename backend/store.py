@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Remove a key; fine if it is gone."""
-        try:
+        with suppress(FileNotFoundError):
             self.files.rm_file(self._path(key))
-        except FileNotFoundError:
-            pass
 
     def list(self, prefix: str) -> list[str]:
         """All keys below a folder, sorted."""
@@ -94,10 +93,8 @@ class Store:
 
     def delete_prefix(self, prefix: str) -> None:
         """Remove all keys below a folder; fine if there are none."""
-        try:
+        with suppress(FileNotFoundError):
             self.files.rm(self._path(prefix), recursive=True)
-        except FileNotFoundError:
-            pass
 
     def read_json(self, key: str) -> Any:
         """The value under a key, None when there is none."""

@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from backend.attach import recorded
-from backend.errors import FirstRowError, LabelStudioError, MaskError
 from backend.label_config import Control, ProjectConfig
 from backend.regions import UNLABELLED, to_mask
-from model.classes import IGNORE, MIXED, UNKNOWN
 from numpy.typing import NDArray
 
+from backend.connection import recorded
 from backend.context import Context
+from backend.errors import FirstRowError, LabelStudioError, MaskError
 from backend.project import (
     COARSE_COPY,
     Index,
@@ -25,6 +24,7 @@ from backend.project import (
     deleted_tasks,
     with_error,
 )
+from model.classes import IGNORE, MIXED, UNKNOWN
 
 log = logging.getLogger(__name__)
 
@@ -189,9 +189,7 @@ def fine_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[i
     return order[mask]
 
 
-def coarse_mask(
-    result: list[dict[str, Any]], config: ProjectConfig, work: tuple[int, int]
-) -> NDArray[np.uint8] | None:
+def coarse_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[int, int]) -> NDArray[np.uint8] | None:
     """(H, W) coarse class, MIXED or UNKNOWN; None when no region of the coarse control is there."""
     control = config.coarse
     if control is None or not any(r.get("from_name") == control.name for r in result):

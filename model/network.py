@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import requests
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,7 +23,7 @@ ANSWER_SECONDS = 5
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class PretrainedUnavailable(RuntimeError):
+class PretrainedError(RuntimeError):
     """Weights of a pretrained backbone can be had neither from the cache nor by download."""
 
 
@@ -42,7 +42,7 @@ class Kind:
 
 
 def lraspp_lite0(num_classes: int, **_: object) -> nn.Module:
-    """torchvision's LR-ASPP head on EfficientNet-Lite0."""
+    """The LR-ASPP head of torchvision on EfficientNet-Lite0."""
     return cast(nn.Module, LRASPP(lite0.Lite0(), lite0.LOW_CHANNELS, lite0.HIGH_CHANNELS, num_classes))
 
 
@@ -109,7 +109,7 @@ def build(name: str, num_classes: int, pretrained: bool = True, seed: int = 0) -
 
     Raises:
         ValueError: there is no network of that name.
-        PretrainedUnavailable: the weights are not in torch's cache and cannot be downloaded.
+        PretrainedError: the weights are not in torch's cache and cannot be downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def build_available(name: str, num_classes: int) -> tuple[Network, str | None]:
     """
     try:
         return build(name, num_classes), None
-    except PretrainedUnavailable as error:
+    except PretrainedError as error:
         return build(SHIPPED, num_classes), f"Using {SHIPPED} instead of {name}: {error}"
 
 
@@ -135,7 +135,7 @@ def load_backbone(network: Network) -> None:
     """Give a network's backbone its ImageNet weights.
 
     Raises:
-        PretrainedUnavailable: they are not in torch's cache and cannot be downloaded.
+        PretrainedError: they are not in torch's cache and cannot be downloaded.
     """
     backbone, weights = network.backbone(), NETWORKS[network.name].weights
     if weights is None:
@@ -152,17 +152,16 @@ def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
     """A state dict from torch's cache, else from its address; gives up within seconds when nobody answers.
 
     Raises:
-        PretrainedUnavailable: neither worked.
+        PretrainedError: neither worked.
     """
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     try:
         if not cached.is_file():
             # torch waits for ever on a host that does not answer: ask first, with a limit.
-            request = urllib.request.Request(weights.url, method="HEAD")
-            urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
+            requests.head(weights.url, timeout=ANSWER_SECONDS, allow_redirects=True).raise_for_status()
         return cast(Mapping[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
-        raise PretrainedUnavailable(
+        raise PretrainedError(
             f"its pretrained backbone cannot be downloaded from {weights.url} ({error}); "
             f"put that file into {cached.parent} to use it"
         ) from error

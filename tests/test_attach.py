@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from backend import attach
-from backend.connection import SECRET_HEADER, signed, unsigned
+from backend.connection import FLAGS, SECRET_HEADER, signed, unsigned
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
+from backend.steps import unreachable
 
 CONFIG = """<View>
   <!-- the team's own words stay -->
@@ -116,7 +117,7 @@ def project(door: LabelStudio) -> Iterator[int]:
 def state(door: LabelStudio, project: int) -> dict[str, Any]:
     """All of a project that attach may touch."""
     row = door.project(project)
-    flags = ("label_config", "model_version", *attach.FLAGS)
+    flags = ("label_config", "model_version", *FLAGS)
     return {
         **{flag: row[flag] for flag in flags},
         "tabs": [view["data"] for view in door.views(project)],
@@ -441,7 +442,7 @@ def test_wrong_key(project: int, settings: Settings, studio: Any) -> None:
 
 @pytest.mark.parametrize("said", ["URL resolves to a reserved network address (block: 127.0.0.0/8)"])
 def test_private_addresses_are_explained(said: str) -> None:
-    refusal = attach.unreachable("http://10.0.0.5:9090", LabelStudioError(said, 403))
+    refusal = unreachable("http://10.0.0.5:9090", LabelStudioError(said, 403))
     assert "ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false" in str(refusal)
     other = LabelStudioError("You do not have permission", 403)
-    assert attach.unreachable("http://10.0.0.5:9090", other) is other
+    assert unreachable("http://10.0.0.5:9090", other) is other

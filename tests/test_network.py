@@ -17,7 +17,7 @@ from torch.nn import functional
 from torchvision.models import Weights, WeightsEnum, mobilenet_v3_large, resnet50
 
 from model import lite0, network
-from model.network import NETWORKS, SHIPPED, CheckpointError, Network, PretrainedUnavailable
+from model.network import NETWORKS, SHIPPED, CheckpointError, Network, PretrainedError
 
 SMALL = ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SHIPPED]
 
@@ -68,7 +68,7 @@ def test_logits_are_the_enlarged_sum_of_the_last_layers(name: str) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no network 'unet'.*lraspp_mobilenet_v3_large"):
+    with pytest.raises(ValueError, match=r"no network 'unet'.*lraspp_mobilenet_v3_large"):
         network.build("unet", 3)
 
 
@@ -147,7 +147,7 @@ def test_weights_in_the_cache_are_used_without_a_network(
 def weights_at(url: str) -> WeightsEnum:
     """Weights as torchvision declares them, at another address."""
 
-    class Elsewhere(WeightsEnum):
+    class Elsewhere(WeightsEnum):  # type: ignore[misc]
         ONE = Weights(url=url, transforms=dict, meta={})
 
     return Elsewhere.ONE
@@ -159,7 +159,7 @@ def test_weights_are_downloaded_where_that_is_possible(hub: Path, tmp_path: Path
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = network.download(weights_at(f"http://127.0.0.1:{server.server_port}/small.pth"))
-        with pytest.raises(PretrainedUnavailable, match=f"404.*put that file into {hub}"):
+        with pytest.raises(PretrainedError, match=f"404.*put that file into {hub}"):
             network.download(weights_at(f"http://127.0.0.1:{server.server_port}/absent.pth"))
         server.shutdown()
     assert torch.equal(found["layer"], torch.ones(2))
@@ -169,7 +169,7 @@ def test_a_host_that_never_answers_does_not_stop_us(hub: Path, monkeypatch: pyte
     monkeypatch.setattr(network, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(PretrainedUnavailable, match="timed out"):
+        with pytest.raises(PretrainedError, match="timed out"):
             network.download(weights_at(f"http://127.0.0.1:{port}/never.pth"))
 
 
