@@ -1,0 +1,212 @@
+"""Train a network on a few labelled images and on many that are only coarsely labelled."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.classes import IGNORE, Classes
+from model.data import Sample, augment
+from model.gradients import marginal_cross_entropy
+from model.metrics import confusion
+from model.network import Network
+
+Progress = Callable[[int, int, float], None]
+Batch = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+
+WEIGHT_DECAY = 1e-4
+#: Steps over which the learning rates rise, so that a fresh head does not shake the backbone.
+WARM_UP = 5
+#: No class counts more than if it covered this share of the pixels.
+RAREST = 1e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: views in each.
+        view: longer side of a view in pixels: the same seconds per step for images of every size.
+        head_rate: highest learning rate of the layers that are new.
+        backbone_rate: highest learning rate of the pretrained layers.
+        weak_share: share of a batch from coarsely labelled images, where there are both kinds.
+        seed: of order and views.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    view: int = 320
+    head_rate: float = 3e-3
+    backbone_rate: float = 3e-4
+    weak_share: float = 0.25
+    seed: int = 0
+
+
+def train(
+    network: Network,
+    labelled: Sequence[Sample],
+    weak: Sequence[Sample],
+    classes: Classes,
+    recipe: Recipe,
+    device: str,
+    progress: Progress | None = None,
+) -> Network:
+    """A trained copy of a network.
+
+    One loss serves both kinds of image: minus the log of the probability of the classes that a pixel may have. For a
+    single class it is the cross-entropy, for "any class" zero. Rare rows count more, by the root of their share.
+
+    Batch normalisation keeps the statistics of the pretrained network: those of four crops of a few images are worse.
+
+    Args:
+        network: where to start; stays as it is.
+        labelled: images whose pixels have one class each (or any).
+        weak: images whose pixels have sets of classes.
+        classes: what the rows of the targets mean.
+        recipe: how.
+        device: "cpu" or "cuda".
+        progress: called after every step with steps done, all steps and the loss.
+
+    Returns:
+        The copy, on the device and in evaluation mode.
+
+    Raises:
+        ValueError: there is no image at all.
+        FloatingPointError: the loss is no longer a number.
+    """
+    if not labelled and not weak:
+        raise ValueError("training needs at least one labelled image")
+    rng = np.random.default_rng(recipe.seed)
+    trained = copy.deepcopy(network).to(device)
+    trained.to(memory_format=torch.channels_last)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # dropout
+        learn(trained, batches(labelled, weak, classes, recipe, rng), classes, recipe, progress)
+    return trained.eval()
+
+
+def learn(
+    network: Network, source: Iterator[Batch], classes: Classes, recipe: Recipe, progress: Progress | None
+) -> None:
+    """The loop: a batch, its loss, a step down."""
+    device = next(network.parameters()).device
+    sets = torch.from_numpy(classes.sets()).to(device)
+    seen = torch.zeros(len(sets), device=device)
+    optimiser, schedule = descent(network, recipe)
+    training_mode(network)
+    for step in range(recipe.steps):
+        images, targets = next(source)
+        target = torch.from_numpy(targets).to(device).long()
+        seen += torch.bincount(target.flatten(), minlength=len(sets))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = network(as_input(images, device))
+        weights = row_weights(seen, classes.any_row)[target]
+        loss = (marginal_cross_entropy(logits.float(), target, sets) * weights).sum() / weights.sum().clamp(min=1)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        schedule.step()
+        report(step + 1, recipe.steps, loss.item(), progress)
+
+
+def report(done: int, steps: int, loss: float, progress: Progress | None) -> None:
+    """Pass a step's loss on.
+
+    Raises:
+        FloatingPointError: it is no longer a number.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} after {done} steps: lower the learning rates")
+    if progress:
+        progress(done, steps, loss)
+
+
+def training_mode(network: Network) -> None:
+    """Dropout on, batch normalisation with the statistics it has."""
+    network.train()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+
+
+def descent(network: Network, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW whose rates rise for a few steps and then fall to zero along a cosine."""
+    backbone = list(network.backbone().parameters())
+    pretrained = {id(parameter) for parameter in backbone}
+    head = [parameter for parameter in network.parameters() if id(parameter) not in pretrained]
+    optimiser = torch.optim.AdamW(
+        [{"params": head, "lr": recipe.head_rate}, {"params": backbone, "lr": recipe.backbone_rate}],
+        weight_decay=WEIGHT_DECAY,
+    )
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def row_weights(seen: Tensor, any_row: int) -> Tensor:
+    """(K,) weight of a pixel by its row: one over the root of the row's share so far; 0 where any class may be."""
+    known = seen.clone()
+    known[any_row] = 0
+    weights = (known / known.sum().clamp(min=1)).clamp(min=RAREST) ** -0.5
+    weights[any_row] = 0
+    return weights
+
+
+def as_input(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(N, 3, H, W) float in [0, 1], channels last in memory, of (N, H, W, 3) bytes."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(255)
+
+
+def batches(
+    labelled: Sequence[Sample], weak: Sequence[Sample], classes: Classes, recipe: Recipe, rng: np.random.Generator
+) -> Iterator[Batch]:
+    """Endless batches of views: images (N, H, W, 3), targets (N, H, W)."""
+    share = recipe.weak_share if labelled and weak else float(bool(weak))
+    coarse = round(recipe.batch * share)
+    sources = [shuffled(weak, rng)] * coarse + [shuffled(labelled, rng)] * (recipe.batch - coarse)
+    size: tuple[int, int] | None = None
+    while True:
+        views = []
+        for source in sources:
+            image, target = next(source).load()
+            size = size or view_size((image.shape[0], image.shape[1]), recipe.view)
+            views.append(augment(image, target, size, classes.any_row, rng))
+        yield np.stack([image for image, _ in views]), np.stack([target for _, target in views])
+
+
+def shuffled(samples: Sequence[Sample], rng: np.random.Generator) -> Iterator[Sample]:
+    """Each sample once in random order, again and again."""
+    while samples:
+        for index in rng.permutation(len(samples)):
+            yield samples[index]
+
+
+def view_size(shape: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Height and width like those of an image, the longer at most `longest`, in whole steps of the network's stride."""
+    factor = min(1.0, longest / max(shape))
+    return max(32, round(shape[0] * factor / 32) * 32), max(32, round(shape[1] * factor / 32) * 32)
+
+
+def evaluate(network: Network, samples: Iterable[Sample], classes: Classes, device: str) -> NDArray[np.int64]:
+    """Confusion table (C, C) summed over images; pixels without a single class do not count."""
+    count = len(classes.fine)
+    table = np.zeros((count, count), np.int64)
+    network = network.to(device).eval()
+    for sample in samples:
+        image, target = sample.load()
+        with torch.no_grad():
+            prediction = network(as_input(image[None], torch.device(device))).argmax(1)[0]
+        mask = np.where(target < count, target, IGNORE).astype(np.uint8)
+        table += confusion(prediction.cpu().numpy().astype(np.uint8), mask, count)
+    return table
