@@ -14,6 +14,7 @@ import pytest
 
 from backend import attach
 from backend.connection import FLAGS, SECRET_HEADER, signed, unsigned
+from backend.embedded import start_studio
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
@@ -440,9 +441,17 @@ def test_wrong_key(project: int, settings: Settings, studio: Any) -> None:
         attach.plan(LabelStudio(studio.url, "wrong"), project, settings)
 
 
-@pytest.mark.parametrize("said", ["URL resolves to a reserved network address (block: 127.0.0.0/8)"])
-def test_private_addresses_are_explained(said: str) -> None:
-    refusal = unreachable("http://10.0.0.5:9090", LabelStudioError(said, 403))
-    assert "ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false" in str(refusal)
-    other = LabelStudioError("You do not have permission", 403)
-    assert unreachable("http://10.0.0.5:9090", other) is other
+def test_label_studio_as_it_comes_does_not_talk_to_us(backend: Backend, tmp_path: Path) -> None:
+    with start_studio(tmp_path, allow_private=False) as closed:
+        door = LabelStudio(closed.url, closed.token)
+        project = door.create_project("closed", CONFIG)["id"]
+        before = state(door, project)
+        with pytest.raises(AttachRefused, match="ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false"):
+            attach.apply(attach.plan(door, project, settings_for(closed, backend.url, tmp_path)))
+        assert state(door, project) == before
+    assert backend.events == []
+
+
+def test_other_refusals_are_passed_on() -> None:
+    assert unreachable("http://10.0.0.5:9090", LabelStudioError("You do not have permission", 403)) is None
+    assert unreachable("http://10.0.0.5:9090", LabelStudioError("Title is too short", 400)) is None

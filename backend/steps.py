@@ -1,0 +1,282 @@
+"""The changes that attach makes to a project, each planned only where it is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from backend.connection import (
+    BY_SCORE,
+    FIRST_TITLE,
+    FLAGS,
+    NOTE,
+    OURS,
+    SECRET_HEADER,
+    TAB,
+    USER,
+    credentials,
+    digest,
+    note_of,
+    our_backend,
+    our_tabs,
+    our_webhooks,
+    same_url,
+    webhook_url,
+)
+from backend.errors import AttachRefused, LabelStudioError
+from backend.label_config import ProjectConfig, with_coarse
+from backend.labelstudio import LabelStudio, Row
+from backend.settings import Settings
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change: a sentence for people, and what makes it."""
+
+    text: str
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A project as it is now, and what is said about it."""
+
+    studio: LabelStudio
+    settings: Settings
+    project: Row
+    config: ProjectConfig
+    ours: Row | None
+    others: tuple[Row, ...]
+    hosts: tuple[str, ...]
+
+    @property
+    def id(self) -> int:
+        """Label Studio's project id."""
+        return int(self.project["id"])
+
+    @property
+    def new_config(self) -> str:
+        """The label config with our coarse control."""
+        old = str(self.project["label_config"])
+        return old if self.config.coarse else with_coarse(old, self.config.classes)
+
+
+def steps(found: Found) -> Iterator[Step]:
+    """The changes that are still to be made."""
+    yield from connection_steps(found)
+    yield from config_steps(found)
+    yield from flag_steps(found)
+    yield from webhook_steps(found)
+    yield from tab_steps(found)
+
+
+def connection_steps(found: Found) -> Iterator[Step]:
+    """Connect our ML backend, with our note of what was there before."""
+    url, ours = found.settings.url, found.ours
+    if ours is None:
+        yield Step(f"Connect the ML backend {FIRST_TITLE!r} at {url}.", lambda: connect(found))
+        return
+    faults = [text for text, fault in connection_faults(found, ours) if fault]
+    if faults:
+        yield Step(f"Renew the connection to the ML backend at {url}: {', '.join(faults)}.", lambda: reconnect(found))
+
+
+def connection_faults(found: Found, ours: Row) -> Iterator[tuple[str, bool]]:
+    """What can be wrong with our ML backend, and whether it is."""
+    yield f"its address is {ours['url']}", not same_url(ours["url"], found.settings.url)
+    yield "its title is not that of a ranking", not OURS.fullmatch(ours["title"] or "")
+    yield "it lacks our secret", ours["auth_method"] != "BASIC_AUTH" or ours["basic_auth_user"] != USER
+    yield "it is set to interactive", bool(ours["is_interactive"])
+    yield f"Label Studio cannot reach it ({ours['error_message'] or 'no answer'})", ours["state"] != "CO"
+    yield "groups, image hosts and the former settings are not recorded", note_of(ours) != new_note(found)
+
+
+def new_note(found: Found) -> dict[str, Any]:
+    """Our note as it should be; what was there before us is written down once."""
+    old, row = note_of(found.ours), found.project
+    before = dict(old.get("before") or former(found))
+    stamp = old.get("config") or digest(row["label_config"])
+    if found.new_config != row["label_config"]:  # the control is added, maybe again: this is what detach goes back to
+        before["label_config"], stamp = row["label_config"], digest(found.new_config)
+    groups = named_groups(found.config)
+    return {"before": before, "groups": groups, "image_hosts": list(found.hosts), "config": stamp}
+
+
+def former(found: Found) -> dict[str, Any]:
+    """What `detach` will put back."""
+    row = found.project
+    version = row["model_version"] or ""
+    return {
+        "label_config": row["label_config"],
+        **{flag: row[flag] for flag in FLAGS},
+        "model_version": "" if found.ours and version == found.ours["title"] else version,
+        "views": [view["id"] for view in found.studio.views(found.id)],
+        "versions": sorted(found.studio.versions(found.id)),
+    }
+
+
+def connect(found: Found) -> None:
+    """Connect our ML backend; a connection that Label Studio leaves half-made is removed.
+
+    Raises:
+        AttachRefused: Label Studio cannot or will not reach us.
+    """
+    known = {row["id"] for row in found.others}
+    more: dict[str, Any] = {"title": FIRST_TITLE, "is_interactive": False, "extra_params": {NOTE: new_note(found)}}
+    with explained(found.settings.url):
+        try:
+            found.studio.connect_ml(**credentials(found.settings, found.id), **more)
+        except LabelStudioError:
+            for row in found.studio.ml_backends(found.id):
+                if row["id"] not in known:
+                    found.studio.delete_ml(row["id"])
+            raise
+
+
+def reconnect(found: Found) -> None:
+    """Bring our ML backend up to date.
+
+    Raises:
+        AttachRefused: Label Studio cannot or will not reach us.
+    """
+    ours = found.ours or {}
+    title = ours["title"] if OURS.fullmatch(ours["title"] or "") else FIRST_TITLE
+    extra = {**(ours["extra_params"] or {}), NOTE: new_note(found)}
+    fields = {**credentials(found.settings, found.id), "title": title, "is_interactive": False, "extra_params": extra}
+    with explained(found.settings.url):
+        found.studio.patch_ml(ours["id"], **fields)
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Say what to do where Label Studio cannot or will not reach us at `url`.
+
+    Raises:
+        AttachRefused: the explanation.
+        LabelStudioError: it was something else.
+    """
+    try:
+        yield
+    except LabelStudioError as error:
+        reason = unreachable(url, error)
+        if reason:
+            raise reason from error
+        raise
+
+
+def unreachable(url: str, error: LabelStudioError) -> AttachRefused | None:
+    """Why Label Studio did not connect us, and what to do; None where it was something else."""
+    said = re.sub(r"<[^>]*>", "", str(error))
+    if error.status == 403 and ("reserved" in said or "block" in said):
+        return AttachRefused(
+            f"Label Studio does not talk to private addresses like {url} as it is set up: start it with "
+            "ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false in its environment, then attach again"
+        )
+    if error.status == 400 and "authentication parameters" in said:
+        return AttachRefused(
+            f"what answers at {url} has another secret: give `firstrow serve` and `firstrow attach` the same "
+            "FIRSTROW_SECRET or FIRSTROW_STORE"
+        )
+    if error.status == 400 and "health check failed" in said:
+        return AttachRefused(
+            f"Label Studio cannot reach us at {url}: start `firstrow serve`, or set FIRSTROW_URL to an address that "
+            f"Label Studio can reach ({said.partition('Additional info: ')[2][:200] or 'no details'})"
+        )
+    return None
+
+
+def config_steps(found: Found) -> Iterator[Step]:
+    """Add the coarse control."""
+    if found.new_config != found.project["label_config"]:
+        labels = ", ".join([*found.config.classes.coarse, "Mixed"])
+        text = f"Add a control for coarse labels ({labels}) to the label config; the rest of it stays."
+        yield Step(text, lambda: found.studio.patch_project(found.id, label_config=found.new_config))
+
+
+def flag_steps(found: Found) -> Iterator[Step]:
+    """Set sampling and its companions; the version in force once there is a ranking."""
+    wanted: dict[str, Any] = {flag: value for flag, value in FLAGS.items() if found.project[flag] != value}
+    title = found.ours["title"] if found.ours else ""
+    if title and found.project["model_version"] != title and title in found.studio.versions(found.id):
+        wanted["model_version"] = title
+    if wanted:
+        text = ", ".join(f"{flag} = {value} (now {found.project[flag]})" for flag, value in wanted.items())
+        yield Step(f"Set {text}.", lambda: found.studio.patch_project(found.id, **wanted))
+
+
+def webhook_steps(found: Found) -> Iterator[Step]:
+    """Have events sent to us, with our secret; no longer to an address that we left."""
+    studio, url = found.studio, webhook_url(found.settings.url)
+    left = found.ours["url"] if found.ours else found.settings.url
+    if not same_url(left, found.settings.url):
+        yield Step(f"Delete the webhook to {webhook_url(left)}.", lambda: drop_webhooks(studio, found.id, left))
+    hooks = our_webhooks(studio, found.id, [found.settings.url])
+    if not (hooks and all(_hook_is_fine(found, hook) for hook in hooks)):
+        yield Step(f"Set our secret on the webhook to {url}.", lambda: set_webhook(found))
+
+
+def set_webhook(found: Found) -> None:
+    """Put our secret on the webhook that Label Studio made on connecting; make one if it is gone."""
+    studio, headers = found.studio, {SECRET_HEADER: found.settings.secret_value()}
+    hooks = our_webhooks(studio, found.id, [found.settings.url])
+    with explained(found.settings.url):
+        for hook in hooks:
+            fields = {"url": hook["url"], "is_active": True, "send_payload": True, "send_for_all_actions": True}
+            studio.patch_webhook(hook["id"], headers={**(hook["headers"] or {}), **headers}, **fields)
+        if not hooks:
+            studio.create_webhook(found.id, webhook_url(found.settings.url), headers)
+
+
+def drop_webhooks(studio: LabelStudio, project: int, url: str) -> None:
+    """Delete the webhooks of a backend at `url`."""
+    for hook in our_webhooks(studio, project, [url]):
+        studio.delete_webhook(hook["id"])
+
+
+def _hook_is_fine(found: Found, hook: Row) -> bool:
+    secret = (hook["headers"] or {}).get(SECRET_HEADER)
+    on = hook["is_active"] and hook["send_payload"] and hook["send_for_all_actions"]
+    return bool(on and secret == found.settings.secret_value())
+
+
+def tab_steps(found: Found) -> Iterator[Step]:
+    """Make the first Data Manager tab one in our order, for people who come by its address."""
+    views = found.studio.views(found.id)
+    if not any(v["data"].get("title") == TAB and v["data"].get("ordering", [])[:1] == [BY_SCORE] for v in views):
+        yield Step(f"Add the Data Manager tab {TAB!r}, ordered by our score, as the first.", lambda: add_tab(found))
+
+
+def add_tab(found: Found) -> None:
+    """Add our tab, with the columns that Label Studio shows by default and the score, and put it first.
+
+    A tab of ours that lost its order makes room.
+    """
+    studio, before = found.studio, note_of(our_backend(found.studio, found.id, found.settings))["before"]["views"]
+    for tab in our_tabs(studio, found.id, before):
+        studio.delete_view(tab["id"])
+    others = [view["id"] for view in studio.views(found.id)]
+    data = {"title": TAB, "ordering": [BY_SCORE], "hiddenColumns": hidden_columns(studio.columns(found.id))}
+    made = studio.create_view(found.id, data)
+    studio.order_views(found.id, [made["id"], *others])
+
+
+def hidden_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What Label Studio hides by default, but for the score."""
+    shown: dict[str, list[str]] = {"explore": [], "labeling": []}
+    for column in columns:
+        path = f"{column['target']}:" + (f"{column['parent']}." if column.get("parent") else "") + column["id"]
+        for mode, hidden in shown.items():
+            if not column.get("visibility_defaults", {}).get(mode, True) and (mode, path) != ("explore", BY_SCORE):
+                hidden.append(path)
+    return shown
+
+
+def named_groups(config: ProjectConfig) -> dict[str, list[str]]:
+    """Fine classes of each coarse label, by name; the implicit background has the empty name."""
+    classes = config.classes
+    return {
+        name: [classes.fine[c] for c in members] for name, members in zip(classes.coarse, classes.groups, strict=True)
+    }
