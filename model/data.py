@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -72,15 +73,12 @@ def decode(source: Path | bytes, size: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: it cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            wanted, turn = work_size(image.size, size), orientation(image)
-            # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size: a quarter of the time for a large photograph.
-            image.draft("RGB", wanted)
-            small = as_rgb(image).resize(wanted, Image.Resampling.BILINEAR)
-            return np.array(small.transpose(TURNS[turn]) if turn in TURNS else small)
-    except UNREADABLE as error:
-        raise ImageError(f"{described(source)} cannot be read: {error}; save it again as JPEG or PNG") from error
+    with opened(source) as image:
+        wanted, turn = work_size(image.size, size), orientation(image)
+        # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size: a quarter of the time for a large photograph.
+        image.draft("RGB", wanted)
+        small = as_rgb(image).resize(wanted, Image.Resampling.BILINEAR)
+        return np.array(small.transpose(TURNS[turn]) if turn in TURNS else small)
 
 
 def original_size(source: Path | bytes) -> tuple[int, int]:
@@ -89,12 +87,20 @@ def original_size(source: Path | bytes) -> tuple[int, int]:
     Raises:
         ImageError: it is no image.
     """
+    with opened(source) as image:
+        width, height = image.size
+        return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+@contextmanager
+def opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """An image file, its pixels not yet decoded; whatever Pillow raises meanwhile becomes an ImageError."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            return (height, width) if orientation(image) >= 5 else (width, height)
+            yield image
     except UNREADABLE as error:
-        raise ImageError(f"{described(source)} cannot be read: {error}; save it again as JPEG or PNG") from error
+        name = "the image" if isinstance(source, bytes) else f"the image {source}"
+        raise ImageError(f"{name} cannot be read: {error}; save it again as JPEG or PNG") from error
 
 
 def work_size(original: tuple[int, int], size: int) -> tuple[int, int]:
@@ -114,11 +120,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
         # Pillow cuts sixteen bits off at 255 instead of scaling them.
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
-
-
-def described(source: Path | bytes) -> str:
-    """How a message names an image."""
-    return "the image" if isinstance(source, bytes) else f"the image {source}"
 
 
 class Folder:
@@ -181,10 +182,10 @@ class Folder:
         """
         original, path = original_size(self.file(name)), self.path / "masks" / f"{name}.png"
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 ids = np.array(image)
-        except UNREADABLE as error:
-            raise FolderError(f"{path} cannot be read: {error}") from error
+        except ImageError as error:
+            raise FolderError(str(error)) from error
         if ids.dtype != np.uint8 or ids.shape != original[::-1]:
             raise FolderError(f"{path} must have one 8-bit channel and {original[0]} x {original[1]} pixels")
         unknown = set(np.unique(ids).tolist()) - {*range(len(self.classes.fine)), self._ignore}

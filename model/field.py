@@ -7,165 +7,18 @@ other weeds, another soil and sky. Within a style images differ in growth, weeds
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Style = Literal["source", "target"]
-Range = tuple[float, float]
-Floats = NDArray[np.float32]
+from model.farms import FARMS, SHIFT, Farm, Scene, Style, arrange
+from model.plants import STATIONS, Floats, Leaves, layered, sprout
 
 SOIL, CROP, WEED = 0, 1, 2
-#: Points along a leaf's midrib.
-STATIONS = 11
-#: Binary digits after the point in coordinates to draw at.
-SHIFT = 4
-#: Lengths below are in pixels of an image this wide.
-WIDTH = 480
-
-
-@dataclass(frozen=True)
-class Species:
-    """A plant seen from above.
-
-    Attributes:
-        leaves: fewest and most leaves.
-        length: of a leaf at mean growth, in pixels.
-        width: of a leaf, as a share of its length.
-        stalk: share of the length that is bare stalk.
-        tip: where the leaf is widest, 0 at its base to 1 at its end.
-        lobes: teeth along each edge; 0 for a smooth one.
-        bend: how far a leaf turns along its length, in radians.
-        fan: whether leaves leave in two opposite directions instead of all around.
-        colour: RGB.
-    """
-
-    leaves: tuple[int, int]
-    length: Range
-    width: Range
-    stalk: float
-    tip: float
-    lobes: int
-    bend: float
-    fan: bool
-    colour: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Farm:
-    """What the images of one style share."""
-
-    crop: Species
-    weeds: tuple[Species, ...]
-    soil: tuple[int, int, int]
-    clods: float
-    stones: Range
-    straw: Range
-    light: tuple[float, float, float]
-    shadow: Range
-    row_distance: Range
-    plant_distance: Range
-    tilt: Range
-
-
-BEET = Species((7, 11), (20, 31), (0.42, 0.55), 0.25, 0.6, 0, 0.5, False, (80, 130, 56))
-MAIZE = Species((5, 7), (34, 56), (0.1, 0.15), 0.0, 0.35, 0, 1.1, True, (90, 134, 62))
-CHICKWEED = Species((4, 9), (5, 9), (0.7, 0.95), 0.15, 0.5, 0, 0.2, False, (92, 138, 62))
-GRASS = Species((5, 12), (10, 22), (0.07, 0.1), 0.0, 0.3, 0, 1.0, False, (98, 140, 66))
-THISTLE = Species((6, 10), (14, 26), (0.4, 0.5), 0.05, 0.55, 4, 0.3, False, (86, 120, 80))
-CLOVER = Species((9, 20), (6, 11), (0.75, 0.95), 0.45, 0.65, 0, 0.4, False, (66, 118, 56))
-FARMS: dict[Style, Farm] = {
-    "source": Farm(
-        crop=BEET,
-        weeds=(CHICKWEED, GRASS),
-        soil=(146, 121, 97),
-        clods=0.55,
-        stones=(0, 25),
-        straw=(0, 6),
-        light=(1.04, 1.0, 0.93),
-        shadow=(0.35, 0.6),
-        row_distance=(110, 150),
-        plant_distance=(44, 62),
-        tilt=(0.0, 0.25),
-    ),
-    "target": Farm(
-        crop=MAIZE,
-        weeds=(THISTLE, CLOVER, GRASS),
-        soil=(112, 98, 92),
-        clods=0.85,
-        stones=(10, 70),
-        straw=(10, 70),
-        light=(0.93, 0.99, 1.07),
-        shadow=(0.05, 0.3),
-        row_distance=(150, 210),
-        plant_distance=(40, 62),
-        tilt=(0.15, 0.55),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Leaves:
-    """Leaves on the ground plane, in the order they are drawn.
-
-    Attributes:
-        left: (L, STATIONS, 2) the left edges from base to tip, x and y.
-        right: (L, STATIONS, 2) the right edges.
-        colour: (L, 3) RGB, 0..255.
-        kind: (L,) CROP or WEED.
-    """
-
-    left: Floats
-    right: Floats
-    colour: Floats
-    kind: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A view of the ground plane: turned, then tilted so that the upper edge is farther away."""
-
-    matrix: NDArray[np.float64]
-
-    def edges(self, *lines: Floats) -> list[NDArray[np.int32]]:
-        """(L, P, 2) lines on the ground to lines in the image, in fractions of a pixel as OpenCV draws them."""
-        flat = [cv2.perspectiveTransform(line.reshape(1, -1, 2), self.matrix).reshape(line.shape) for line in lines]
-        return [(line * (1 << SHIFT)).round().astype(np.int32) for line in flat]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Where everything is in one image, on the ground plane in pixels around the image's middle.
-
-    Attributes:
-        farm: what grows where.
-        size: of the image, width and height.
-        camera: ground to image.
-        spacing: between rows, which run along y.
-        shift: of the rows, along x.
-        growth: of the crop, 1 is the mean.
-        sun: where shadows fall to, a unit vector.
-    """
-
-    farm: Farm
-    size: tuple[int, int]
-    camera: Camera
-    spacing: float
-    shift: float
-    growth: float
-    sun: Floats
-
-    def extent(self) -> tuple[Floats, Floats]:
-        """Lowest and highest ground coordinates in view."""
-        width, height = self.size
-        corners = np.array([[[0, 0], [width, 0], [0, height], [width, height]]], np.float64)
-        ground = cv2.perspectiveTransform(corners, np.linalg.inv(self.camera.matrix))[0].astype(np.float32)
-        return ground.min(0), ground.max(0)
 
 
 def render(seed: int, style: Style, size: tuple[int, int] = (480, 360)) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -187,25 +40,6 @@ def render(seed: int, style: Style, size: tuple[int, int] = (480, 360)) -> tuple
     return photograph(ground, mask, scene, rng), mask
 
 
-def arrange(farm: Farm, size: tuple[int, int], rng: np.random.Generator) -> Scene:
-    """Choose camera, rows and sun."""
-    angle, tilt = rng.uniform(-0.3, 0.3), rng.uniform(*farm.tilt)
-    scale = size[0] / WIDTH
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    lean = np.array([[1, 0, 0], [0, 1, 0], [0, -tilt * scale / size[1], 1]])
-    middle = np.array([[scale, 0, size[0] / 2], [0, scale, size[1] / 2], [0, 0, 1]])
-    spacing, bearing = rng.uniform(*farm.row_distance), rng.uniform(0, 2 * np.pi)
-    return Scene(
-        farm=farm,
-        size=size,
-        camera=Camera(middle @ lean @ turn),
-        spacing=spacing,
-        shift=rng.uniform(0, spacing),
-        growth=rng.uniform(0.6, 1.2),
-        sun=np.array([np.cos(bearing), np.sin(bearing)], np.float32),
-    )
-
-
 def grow(scene: Scene, rng: np.random.Generator) -> Leaves:
     """Sow crop in rows and weeds in patches, and give every plant its leaves; small plants come first."""
     low, high = scene.extent()
@@ -213,20 +47,14 @@ def grow(scene: Scene, rng: np.random.Generator) -> Leaves:
     steps = np.arange(low[1] - 40, high[1] + 40, rng.uniform(*scene.farm.plant_distance))
     spots = np.stack(np.meshgrid(rows, steps), -1).reshape(-1, 2) + rng.normal(0, 5, (rows.size * steps.size, 2))
     spots = spots[rng.random(len(spots)) > rng.uniform(0.02, 0.2)]
-    parts = [plants(scene.farm.crop, spots, scene.growth, CROP, rng)]
+    parts = [sprout(scene.farm.crop, spots, scene.growth, CROP, rng)]
     shares = rng.dirichlet(np.full(len(scene.farm.weeds), 0.5))
     # One image in seven is clean; a few are overgrown.
     infestation = 0.0 if rng.random() < 1 / 7 else rng.gamma(1.5, 30)
     for weed, share in zip(scene.farm.weeds, shares, strict=True):
         grown = patches(rng.poisson(infestation * share), low, high, rng)
-        parts.append(plants(weed, grown, rng.uniform(0.6, 1.3), WEED, rng))
-    size = np.concatenate([part[0] for part in parts])
-    order = np.argsort(size, kind="stable")
-    left, right, colour, kind = (np.concatenate([getattr(p[1], n) for p in parts])[order] for n in LEAF_PARTS)
-    return Leaves(left, right, colour, kind)
-
-
-LEAF_PARTS = ("left", "right", "colour", "kind")
+        parts.append(sprout(weed, grown, rng.uniform(0.6, 1.3), WEED, rng))
+    return layered(parts)
 
 
 def patches(count: int, low: Floats, high: Floats, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -236,47 +64,6 @@ def patches(count: int, low: Floats, high: Floats, rng: np.random.Generator) -> 
     close = rng.random(count) < 0.5
     spots[close] = rng.normal(middle, 45, (int(close.sum()), 2))
     return spots
-
-
-def plants(
-    species: Species, spots: NDArray[np.floating], growth: float, kind: int, rng: np.random.Generator
-) -> tuple[Floats, Leaves]:
-    """All leaves of plants of one species, and per leaf its plant's size (for the order of drawing)."""
-    counts = rng.integers(species.leaves[0], species.leaves[1] + 1, len(spots))
-    owner = np.repeat(np.arange(len(spots)), counts)
-    index = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    age = index / counts[owner]
-    size = growth * rng.lognormal(0, 0.13, len(spots)) * rng.uniform(*species.length, len(spots))
-    length = size[owner] * (1.05 - 0.5 * age) * rng.uniform(0.75, 1.05, owner.size)
-    angle = rng.uniform(0, 2 * np.pi, len(spots))[owner] + rng.normal(0, 0.2, owner.size)
-    angle += index % 2 * np.pi + index * 0.12 if species.fan else index * 2.4
-    left, right = outlines(species, spots[owner], length, angle, rng)
-    tone = rng.normal(1, 0.09, (len(spots), 1))[owner] * (0.8 + 0.35 * age[:, None])
-    colour = np.array(species.colour) * rng.normal(1, 0.05, 3) * tone * rng.normal(1, 0.03, (owner.size, 3))
-    kinds = np.full(owner.size, kind, np.uint8)
-    return size[owner].astype(np.float32), Leaves(left, right, colour.astype(np.float32), kinds)
-
-
-def outlines(
-    species: Species,
-    base: NDArray[np.floating],
-    length: NDArray[np.floating],
-    angle: NDArray[np.floating],
-    rng: np.random.Generator,
-) -> tuple[Floats, Floats]:
-    """(L, STATIONS, 2) left and right edges of leaves that start at base (L, 2)."""
-    along = np.linspace(0, 1, STATIONS)
-    heading = angle[:, None] + species.bend * rng.normal(0, 0.6, (length.size, 1)) * along**1.5
-    direction = np.stack([np.cos(heading), np.sin(heading)], -1)
-    steps = direction * (length / (STATIONS - 1))[:, None, None]
-    rib = base[:, None] + np.cumsum(steps, 1) - steps[:, :1]
-    blade = np.clip((along - species.stalk) / (1 - species.stalk), 0, 1)
-    rise, fall = 1.5 * species.tip, 1.5 * (1 - species.tip)
-    shape = blade**rise * (1 - blade) ** fall / (species.tip**rise * (1 - species.tip) ** fall)
-    shape *= 1 - (0.25 - 0.25 * np.cos(2 * np.pi * species.lobes * blade))
-    widths = rng.uniform(*species.width, (length.size, 1)) / 2 * shape + 0.025 * (1 - 0.7 * along)
-    aside = np.stack([-direction[..., 1], direction[..., 0]], -1) * (length[:, None] * widths)[..., None]
-    return (rib + aside).astype(np.float32), (rib - aside).astype(np.float32)
 
 
 def earth(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,8 +104,7 @@ def learn(
     seen = torch.zeros(len(sets), device=device)
     optimiser, schedule = descent(network, recipe)
     training_mode(network)
-    for step in range(recipe.steps):
-        images, targets = next(source)
+    for step, (images, targets) in zip(range(recipe.steps), ahead(source), strict=False):
         target = torch.from_numpy(targets).to(device).long()
         seen += torch.bincount(target.flatten(), minlength=len(sets))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -183,6 +183,16 @@ def batches(
             size = size or view_size((image.shape[0], image.shape[1]), recipe.view)
             views.append(augment(image, target, size, classes.any_row, rng))
         yield np.stack([image for image, _ in views]), np.stack([target for _, target in views])
+
+
+def ahead(source: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each made while the network works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source)
+        while True:
+            batch = coming.result()
+            coming = thread.submit(next, source)
+            yield batch
 
 
 def shuffled(samples: Sequence[Sample], rng: np.random.Generator) -> Iterator[Sample]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from model.data import Folder
-from model.field import CROP, FARMS, SOIL, WEED, Style, render, write_folder
+from model.farms import FARMS, Style
+from model.field import CROP, SOIL, WEED, render, write_folder
 
 STYLES = sorted(FARMS)
 
