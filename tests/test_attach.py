@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backend import attach
+from backend import app, attach
 from backend.connection import FLAGS, SECRET_HEADER, signed, unsigned
-from backend.embedded import start_studio
+from backend.embedded import Studio, start_studio
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
@@ -85,16 +85,16 @@ def sam() -> Iterator[Backend]:
 
 
 @pytest.fixture
-def door(studio: Any) -> LabelStudio:
-    return LabelStudio(studio.url, studio.token)
+def door(label_studio: LabelStudio) -> LabelStudio:
+    return label_studio
 
 
 @pytest.fixture
-def settings(studio: Any, backend: Backend, tmp_path: Path) -> Settings:
+def settings(studio: Studio, backend: Backend, tmp_path: Path) -> Settings:
     return settings_for(studio, backend.url, tmp_path)
 
 
-def settings_for(studio: Any, url: str, folder: Path, **more: str) -> Settings:
+def settings_for(studio: Studio, url: str, folder: Path, **more: str) -> Settings:
     return Settings.read(
         {
             "LABEL_STUDIO_URL": studio.url,
@@ -346,7 +346,7 @@ def test_signing_is_undone_exactly() -> None:
 
 
 def test_a_moved_backend(
-    door: LabelStudio, project: int, settings: Settings, sam: Backend, studio: Any, tmp_path: Path
+    door: LabelStudio, project: int, settings: Settings, sam: Backend, studio: Studio, tmp_path: Path
 ) -> None:
     before = state(door, project)
     attach.apply(attach.plan(door, project, settings))
@@ -375,10 +375,25 @@ def test_image_hosts(door: LabelStudio, settings: Settings, monkeypatch: pytest.
         door.delete_project(project)
 
 
+def test_our_own_backend(door: LabelStudio, project: int, make_backend: Callable[..., Any]) -> None:
+    running = make_backend(worker=False).context
+    settings = running.settings
+    before = state(door, project)
+    attach.apply(attach.plan(door, project, settings))
+    assert attach.check(door, project, settings) == []
+    waiting = running.board.waiting(project)
+    made = door.create_annotation(next(door.tasks(project))["id"], [])
+    assert running.board.waiting(project) > waiting  # our webhook came with our secret and was let in
+    door.delete_annotation(made["id"])
+    list(attach.detach(door, project, settings))
+    assert state(door, project) == before
+    assert app.SECRET_HEADER == SECRET_HEADER
+
+
 # What cannot work
 
 
-def test_nobody_answers_at_our_address(door: LabelStudio, project: int, studio: Any, tmp_path: Path) -> None:
+def test_nobody_answers_at_our_address(door: LabelStudio, project: int, studio: Studio, tmp_path: Path) -> None:
     before = state(door, project)
     nobody = Backend(None)
     nobody.stop()
@@ -390,7 +405,7 @@ def test_nobody_answers_at_our_address(door: LabelStudio, project: int, studio: 
     assert state(door, project) == before
 
 
-def test_another_secret_answers(door: LabelStudio, project: int, studio: Any, tmp_path: Path) -> None:
+def test_another_secret_answers(door: LabelStudio, project: int, studio: Studio, tmp_path: Path) -> None:
     before = state(door, project)
     other = Backend("another")
     try:
@@ -436,7 +451,7 @@ def test_new_label_studio(version: str) -> None:
     attach.check_version(version)
 
 
-def test_wrong_key(project: int, settings: Settings, studio: Any) -> None:
+def test_wrong_key(project: int, settings: Settings, studio: Studio) -> None:
     with pytest.raises(LabelStudioError, match="set LABEL_STUDIO_API_KEY"):
         attach.plan(LabelStudio(studio.url, "wrong"), project, settings)
 

@@ -67,8 +67,8 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def door(studio: Any) -> LabelStudio:
-    return LabelStudio(studio.url, studio.token)
+def door(label_studio: LabelStudio) -> LabelStudio:
+    return label_studio
 
 
 @pytest.fixture
@@ -117,8 +117,8 @@ def test_rotated_photograph(site: Site, cache: Callable[..., ImageCache]) -> Non
     assert (image.shape, size) == ((32, 24, 3), (48, 64))
 
 
-def test_local_files(door: LabelStudio, project: int, cache: Callable[..., ImageCache], studio: Any) -> None:
-    folder = Path(studio.local_files) / "sub"
+def test_local_files(door: LabelStudio, project: int, cache: Callable[..., ImageCache], services_folder: Path) -> None:
+    folder = services_folder / "sub"
     folder.mkdir(exist_ok=True)
     (folder / "b c.png").write_bytes(picture())
     storage = {"project": project, "path": str(folder), "use_blob_urls": True, "title": "local"}

@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 from PIL import Image
 
+from backend.embedded import Studio
 from backend.errors import LabelStudioError
 from backend.labelstudio import LabelStudio
 from backend.transport import lifetime
@@ -33,8 +33,8 @@ REGION = {
 
 
 @pytest.fixture
-def door(studio: Any) -> LabelStudio:
-    return LabelStudio(studio.url, studio.token)
+def door(label_studio: LabelStudio) -> LabelStudio:
+    return label_studio
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_faults_of_a_request_are_passed_on(door: LabelStudio, project: int) -> N
     assert error.value.status == 400
 
 
-def test_wrong_key_says_what_to_set(studio: Any) -> None:
+def test_wrong_key_says_what_to_set(studio: Studio) -> None:
     with pytest.raises(LabelStudioError, match=r"refuses our key .* set LABEL_STUDIO_API_KEY") as error:
         LabelStudio(studio.url, "wrong").whoami()
     assert error.value.status == 401
@@ -191,7 +191,7 @@ def test_a_page_instead_of_json(door: LabelStudio) -> None:
         door.http.call("GET", "/user/login/")
 
 
-def test_personal_access_token(studio: Any, door: LabelStudio) -> None:
+def test_personal_access_token(studio: Studio, door: LabelStudio) -> None:
     token = personal_access_token(studio)
     other = LabelStudio(studio.url, token)
     assert other.whoami()["id"] == door.whoami()["id"]
@@ -203,11 +203,15 @@ def test_personal_access_token(studio: Any, door: LabelStudio) -> None:
     assert other.http.credentials.access != first
 
 
-def personal_access_token(studio: Any) -> str:
+def personal_access_token(studio: Studio) -> str:
     """Make one as a person does in the browser; Label Studio allows one at a time."""
     with requests.Session() as browser:
         browser.get(f"{studio.url}/user/login/", timeout=10)
-        form = {"email": studio.email, "password": studio.password, "csrfmiddlewaretoken": browser.cookies["csrftoken"]}
+        form = {
+            "email": studio.username,
+            "password": studio.password,
+            "csrfmiddlewaretoken": browser.cookies["csrftoken"],
+        }
         browser.post(f"{studio.url}/user/login/", data=form, headers={"Referer": studio.url}, timeout=10)
         head = {"X-CSRFToken": browser.cookies["csrftoken"], "Referer": studio.url}
         wanted = {"legacy_api_tokens_enabled": True, "api_tokens_enabled": True}
