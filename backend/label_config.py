@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain, repeat
@@ -79,7 +79,7 @@ class Element:
     start: int
     parent: Element | None
     end: int = 0
-    children: list[Element] = field(default_factory=list)
+    within: list[Element] = field(default_factory=list)
 
 
 def parse(xml: str, groups: Mapping[str, Sequence[str]] | None = None) -> ProjectConfig:
@@ -96,10 +96,9 @@ def parse(xml: str, groups: Mapping[str, Sequence[str]] | None = None) -> Projec
     elements = read(xml)
     coarse, fine = find_controls(elements)
     control = as_control(fine)
-    labels = {name.casefold(): name for name in reversed(control.labels)}
-    background = next((labels[name] for name in BACKGROUND_LIKE if name in labels), "")
     named = groups or (said_groups(coarse) if coarse else None)
-    classes = group(control.labels, background, named)
+    background = find_background(control.labels, named)
+    classes = group_classes(control.labels, background, named)
     if coarse is not None:
         check_coarse(as_control(coarse), classes)
     image, key = find_image(elements, control)
@@ -112,25 +111,216 @@ def read(xml: str) -> list[Element]:
     Raises:
         ConfigError: not well formed, or with a document type (entities could grow without end).
     """
-    parser, found, inside = expat.ParserCreate("UTF-8"), list[Element](), list[Element]()
-    source = xml.encode()
+    parser, source, found, inside = expat.ParserCreate("UTF-8"), xml.encode(), list[Element](), list[Element]()
+    bare = [False]  # nothing came since the last start tag
 
     def start(tag: str, attributes: dict[str, str]) -> None:
-        element = Element(tag, attributes, parser.CurrentByteIndex, inside[-1] if inside else None)
-        if element.parent:
-            element.parent.children.append(element)
-        found.append(element)
-        inside.append(element)
+        found.append(Element(tag, attributes, parser.CurrentByteIndex, inside[-1] if inside else None))
+        for outer in inside:
+            outer.within.append(found[-1])
+        inside.append(found[-1])
+        bare[0] = True
+
+    def between(_: str) -> None:
+        bare[0] = False
 
     def end(tag: str) -> None:
-        inside.pop().end = source.index(b">", parser.CurrentByteIndex) + 1 if True else 0
+        here = parser.CurrentByteIndex  # of the end tag; behind an empty element such as <Label/>
+        empty = bare[0] and source[:here].endswith(b"/>")
+        inside.pop().end = here if empty else source.index(b">", here) + 1
+        bare[0] = False
 
     def refuse(*_: object) -> None:
-        raise ConfigError("the label config has a document type: remove the <!DOCTYPE ...> line")
+        raise ConfigError("the label config has a document type: remove <!DOCTYPE ...> from it")
 
-    parser.StartElementHandler, parser.EndElementHandler, parser.StartDoctypeDeclHandler = start, end, refuse
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.DefaultHandler, parser.StartDoctypeDeclHandler = between, refuse
     try:
         parser.Parse(source, True)
     except expat.ExpatError as error:
         raise ConfigError(f"the label config is not valid XML ({error}): save it once in Label Studio") from error
     return found
+
+
+def find_controls(elements: Sequence[Element]) -> tuple[Element | None, Element]:
+    """The coarse control, if there is one, and the fine one.
+
+    A lone control is the fine one, whatever its name.
+    """
+    controls = [element for element in elements if element.tag in MASK_TAGS]
+    named = [c for name in reversed(COARSE_NAMES) for c in controls if c.attributes.get("name") == name]
+    coarse = named[0] if named and len(controls) > 1 else None
+    fine = [c for c in controls if c is not coarse]
+    if not fine:
+        raise ConfigError(f"the label config has no control for masks: add one of {', '.join(MASK_TAGS)}")
+    if len(fine) > 1:
+        names = ", ".join(f"{c.tag} {c.attributes.get('name')!r}" for c in fine)
+        raise ConfigError(f"the label config has several controls for masks ({names}): keep one, or use two projects")
+    return coarse, fine[0]
+
+
+def as_control(element: Element) -> Control:
+    """A control with its labels."""
+    found = element.attributes
+    names = tuple(label.get("alias") or label.get("value", "") for label in labels_of(element))
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"the labels of {element.tag} {found.get('name')!r} are missing, nameless or not distinct: list them as "
+            '<Label value="..."/> inside it (labels from task data cannot be used)'
+        )
+    return Control(found.get("name", ""), element.tag, found.get("toName", ""), names)
+
+
+def labels_of(control: Element) -> list[dict[str, str]]:
+    """Attributes of a control's labels."""
+    return [label.attributes for label in control.within if label.tag == "Label"]
+
+
+def find_image(elements: Sequence[Element], control: Control) -> tuple[str, str]:
+    """Name of the Image that a control draws on, and its key in a task's data."""
+    images = [element.attributes for element in elements if element.tag == "Image"]
+    image = next((found for found in images if found.get("name") == control.to_name), None)
+    if image is None:
+        raise ConfigError(
+            f"the label config has no <Image> named {control.to_name!r}, which {control.tag} {control.name!r} draws "
+            'on: add <Image name="..." value="$image"/> and set toName'
+        )
+    value = image.get("value", "")
+    if not value.startswith("$") or len(value) < 2:
+        raise ConfigError(
+            f'<Image name="{control.to_name}"> has value={value!r}: it must be "$" and a key, as "$image"'
+        )
+    return control.to_name, value[1:]
+
+
+def find_background(labels: Sequence[str], groups: Mapping[str, Sequence[str]] | None) -> str:
+    """The label for background, empty when none means it.
+
+    A label is one by its name, or as the first of a group that is called background and names only labels.
+    """
+    known = {name.casefold(): name for name in reversed(labels)}
+    by_name = [known[name] for name in BACKGROUND_LIKE if name in known]
+    called = [list(members) for name, members in (groups or {}).items() if name.casefold() == BACKGROUND_LIKE[0]]
+    by_group = [members[0] for members in called if members and set(members) <= set(labels)]
+    return next(iter(by_name + by_group), "")
+
+
+def group_classes(labels: tuple[str, ...], background: str, groups: Mapping[str, Sequence[str]] | None) -> Classes:
+    """Fine classes in the order of the labels, an implicit background first, in coarse classes.
+
+    Raises:
+        ConfigError: groups that do not fit the labels, or too many labels.
+    """
+    implicit = "(background)" if BACKGROUND_LIKE[0] in labels else BACKGROUND_LIKE[0]
+    fine, first = (labels, background) if background else ((implicit, *labels), implicit)
+    members = {name: list(of) for name, of in (groups or {"Background": [first]}).items()}
+    rest = [name for name in fine if not any(name in of for of in members.values())]
+    if not groups:
+        members["Foreground"] = rest
+    elif not background:
+        home = next((n for n, of in members.items() if first in of or n.casefold() == BACKGROUND_LIKE[0]), "Background")
+        members[home] = members.get(home, []) + rest
+    check_groups(members, fine)
+    ordered = sorted((name for name in members if members[name]), key=lambda name: first not in members[name])
+    indices = tuple(tuple(sorted(fine.index(name) for name in members[group])) for group in ordered)
+    return Classes(fine, tuple(ordered), indices)
+
+
+def check_groups(members: Mapping[str, Sequence[str]], fine: Sequence[str]) -> None:
+    """Refuse groups in which a class is unknown, missing or twice, or with too many classes."""
+    said = [name for of in members.values() for name in of]
+    faults = []
+    for name in sorted(set(said) - set(fine)):
+        near = get_close_matches(name, fine, 1)
+        faults.append(f"{name!r} is not a label" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    faults += [f"{name!r} is in no group" for name in fine if name not in said]
+    faults += [f"{name!r} is in more than one place" for name in fine if said.count(name) > 1]
+    faults += [f"{MIXED_LABEL!r} cannot be the name of a group"] * (MIXED_LABEL in members)
+    if len(fine) + len(members) + 1 > MOST_ROWS:
+        faults.append(f"more than {MOST_ROWS - 1} labels and groups")
+    if faults:
+        raise ConfigError(f"coarse groups: {'; '.join(faults)}. The labels are {', '.join(fine)}; name each one once")
+
+
+def said_groups(control: Element) -> dict[str, list[str]] | None:
+    """Groups by the `classes` attributes of a coarse control's labels; None when it has none."""
+    found = {
+        label.get("alias") or label.get("value", ""): [part.strip() for part in label["classes"].split(",")]
+        for label in labels_of(control)
+        if label.get("classes")
+    }
+    return found or None
+
+
+def check_coarse(control: Control, classes: Classes) -> None:
+    """Refuse a coarse control that lacks a coarse class: its regions could not be shown."""
+    missing = [name for name in classes.coarse if name not in control.labels]
+    if missing:
+        raise ConfigError(
+            f"{control.tag} {control.name!r} has no label {', '.join(missing)}: add it, or say what each of its labels "
+            'stands for, as in <Label value="Plant" classes="crop,weed"/>'
+        )
+
+
+def with_coarse(xml: str, classes: Classes) -> str:
+    """The label config with a control for clusters before the fine one; unchanged when it has one.
+
+    Raises:
+        ConfigError: the label config cannot be used.
+    """
+    elements = read(xml)
+    coarse, fine = find_controls(elements)
+    if coarse is not None:
+        return xml
+    taken = {element.attributes.get("name") for element in elements}
+    name = next((name for name in COARSE_NAMES if name not in taken), "")
+    if not name:
+        raise ConfigError(f"the names {' and '.join(COARSE_NAMES)} are taken in the label config: rename one")
+    source = xml.encode()
+    before = source[: fine.start]
+    gap = before[len(before.rstrip()) :].decode()
+    block = coarse_block(name, fine.attributes.get("toName", ""), classes, free_keys(elements))
+    return before.decode() + block + gap + source[fine.start :].decode()
+
+
+def coarse_block(name: str, image: str, classes: Classes, keys: Iterable[str]) -> str:
+    """Text of our control."""
+    colours = [COLOURS[min(g, 1) + max(g - 1, 0) % (len(COLOURS) - 1)] for g in range(len(classes.coarse))] + [GREY]
+    labels, written = [], must_be_said(classes)
+    for index, (label, colour, key) in enumerate(zip([*classes.coarse, MIXED_LABEL], colours, keys, strict=False)):
+        fine = [classes.fine[c] for c in classes.groups[index]] if written and index < len(classes.groups) else []
+        parts = {"value": label, "background": colour, "hotkey": key, "classes": ",".join(fine)}
+        said = " ".join(f"{part}={quoteattr(value)}" for part, value in parts.items() if value)
+        labels.append(f"<Label {said}/>")
+    head = f'<View className="{OURS}"><Header value="Clusters: fix the wrong ones" size="5"/>'
+    control = f'<BrushLabels name="{name}" toName={quoteattr(image)} opacity="0.5">'
+    return f"{head}{control}{''.join(labels)}</BrushLabels></View>"
+
+
+def must_be_said(classes: Classes) -> bool:
+    """Whether groups are to be written down: not where background stands against everything else, for that stays
+    right when a label is added or renamed; and not where a comma in a name would be misread."""
+    usual = classes.coarse == ("Background", "Foreground") and len(classes.groups[0]) == 1
+    return not usual and not any("," in name for name in classes.fine)
+
+
+def free_keys(elements: Sequence[Element]) -> Iterator[str]:
+    """Hotkeys for our labels, then empty ones.
+
+    Keys that other elements have are left out, and as many more as Label Studio will give to labels without a key,
+    so that everybody's keys stay what they were.
+    """
+    taken = {element.attributes["hotkey"].casefold() for element in elements if "hotkey" in element.attributes}
+    without = sum("hotkey" not in e.attributes for e in elements if e.tag in ("Label", "Choice"))
+    return chain([key for key in KEYS if key not in taken][without:], repeat(""))
+
+
+def without_coarse(xml: str) -> str:
+    """The label config without the control for clusters: the inverse of `with_coarse`."""
+    coarse, _ = find_controls(read(xml))
+    if coarse is None:
+        return xml
+    ours = coarse.parent is not None and coarse.parent.attributes.get("className") == OURS
+    block = coarse.parent if ours and coarse.parent is not None else coarse
+    source = xml.encode()
+    return (source[: block.start] + source[block.end :].lstrip()).decode()
