@@ -144,26 +144,21 @@ class Scorer:
         p, q = log_p.exp(), log_q.exp()
         best, prediction = p.max(0)
         named = self._named[rows]
-        known = named >= 0
-        foreground = torch.where(known, named, self._coarse_of[prediction]) != 0
-        squared = squared_features(seen.layers, (rows.shape[0], rows.shape[1]))
-        gradient = gradient_embedding(p - q, seen.layers)
-        magnitude, variance = gradient.norm(), label_variance(q, squared)
+        foreground = torch.where(named >= 0, named, self._coarse_of[prediction]) != 0
+        gradient = embedding = gradient_embedding(p - q, seen.layers)
+        if (named < 0).all():
+            own = F.one_hot(prediction, len(p)).movedim(-1, 0)
+            embedding = gradient_embedding(p - own, seen.layers)
         numbers = {
-            "magnitude": magnitude,
-            "variance": variance,
-            "coarse_egl": magnitude.square() + variance,
-            "egl": label_variance(p, squared),
             # Inside the set q is p times a factor, whose logarithm is the loss.
             "pseudo_loss": (log_q - log_p).amax(0).mean(),
             "foreground": foreground.float().mean(),
+            **expected_squares(gradient, p, q, squared_features(seen.layers, (rows.shape[0], rows.shape[1]))),
             **uncertainty(log_p, p, self.classes),
         }
-        if not known.any():
-            gradient = gradient_embedding(p - one_hot(prediction, len(p)), seen.layers)
         return ImageScore(
             **finite(numbers),
-            embedding=gradient.cpu().numpy(),
+            embedding=embedding.cpu().numpy(),
             features=pooled(seen.backbone, foreground).cpu().numpy(),
             prediction=prediction.to(torch.uint8).cpu().numpy(),
             confidence=(255 * best).round().to(torch.uint8).cpu().numpy(),
@@ -194,6 +189,17 @@ def gradient_map(
         expected = (1 - p.square().sum(0)).clamp_min(0).sqrt()
         pull: NDArray[np.float32] = torch.where(rows == classes.any_row, expected, (p - q).norm(dim=0)).cpu().numpy()
         return pull
+
+
+def expected_squares(gradient: Tensor, p: Tensor, q: Tensor, squared: Tensor) -> dict[str, Tensor]:
+    """Sizes that the gradient has or is expected to have, by their names in `ImageScore`."""
+    magnitude, variance = gradient.norm(), label_variance(q, squared)
+    return {
+        "magnitude": magnitude,
+        "variance": variance,
+        "coarse_egl": magnitude.square() + variance,
+        "egl": label_variance(p, squared),
+    }
 
 
 def uncertainty(log_p: Tensor, p: Tensor, classes: Classes) -> dict[str, Tensor]:
@@ -234,11 +240,6 @@ def as_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(1, 3, H, W) in [0, 1], channels last in memory, of an image (H, W, 3)."""
     # A copy, since torch warns about arrays that it must not write to.
     return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 255
-
-
-def one_hot(classes: Tensor, count: int) -> Tensor:
-    """(C, H, W) 1 for the class of each pixel of (H, W), else 0."""
-    return F.one_hot(classes, count).movedim(-1, 0).float()
 
 
 def finite(numbers: Mapping[str, Tensor]) -> dict[str, Any]:
