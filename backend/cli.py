@@ -111,14 +111,14 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 def _run_serve(given: argparse.Namespace) -> None:
     settings = _settings()
-    from backend.app import serve
+    from backend.server import serve
 
     serve(settings, given.host, given.port or settings.port, given.workers)
 
 
 def _run_worker(given: argparse.Namespace) -> int:
     _settings()  # its faults are worth one line here, not one per restart of the worker
-    from backend.worker import run
+    from backend.supervisor import run
 
     return run(given.queues.split(","))
 

@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 import requests
 
+from backend import attach
 from backend.app import LARGEST
 from backend.connection import SECRET_HEADER
-from backend.embedded import free_port, start_serve
+from backend.embedded import Studio, free_port, start_serve
 from backend.enqueue import Board
+from backend.labelstudio import LabelStudio
 from backend.plugin import NO_VERSION
 from backend.project import Project, TaskRecord
+from backend.settings import Settings
 from backend.store import Store
 
 SECRET = "s3cret-password"
@@ -285,3 +288,32 @@ def test_nothing_secret_is_logged_at_any_level(served: Served) -> None:
 def test_web_process_does_not_load_torch() -> None:
     code = "import backend.app, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_label_studio_itself_reaches_us(
+    studio: Studio, label_studio: LabelStudio, tmp_path: Path, redis_url: str
+) -> None:
+    given = {**settings(tmp_path, redis_url), "LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.token}
+    board, header = Board(redis_url), {"Authorization": f"Token {studio.token}"}
+    board.redis.flushall()
+    project = int(label_studio.create_project(title="field", label_config=CONFIG)["id"])
+    with start_serve(tmp_path, given):
+        attach.apply(attach.plan(label_studio, project, Settings.read(given)))
+        assert project in board.projects()  # by /setup
+        board.begin(project)  # a round takes in what attach itself changed
+        tasks = f"{studio.url}/api/projects/{project}/import?return_task_ids=true"
+        task = requests.post(tasks, json=[{"image": "https://x.test/a.jpg"}], headers=header, timeout=30).json()[
+            "task_ids"
+        ][0]
+        assert board.take(project)[0] == {task}
+        board.taken(project)
+        made = f"{studio.url}/api/tasks/{task}/annotations/"
+        annotation = requests.post(made, json={"result": []}, headers=header, timeout=30).json()["id"]
+        assert board.take(project)[0] == {task}
+        requests.delete(f"{studio.url}/api/annotations/{annotation}/", headers=header, timeout=30)
+        assert board.take(project)[1] == {annotation}
+        board.begin(project)
+        backend = label_studio.ml_backends(project)[0]["id"]
+        assert requests.post(f"{studio.url}/api/ml/{backend}/train", json={}, headers=header, timeout=30).ok
+        assert board.begin(project)  # a training was asked for
+    assert "refused" not in (tmp_path / "serve.log").read_text()

@@ -20,7 +20,7 @@ from redis import RedisError
 from rq import Retry
 from rq.job import Job
 
-from backend import worker
+from backend import supervisor, worker
 from backend.embedded import start_redis, start_worker
 from backend.enqueue import Board
 
@@ -243,7 +243,7 @@ def test_second_signal_puts_the_job_back_at_once(board: Board, start: Start, tmp
     parent.send_signal(signal.SIGINT)
     until(lambda: "stops after its job" in log_of(tmp_path))
     parent.send_signal(signal.SIGINT)
-    assert parent.wait(worker.MERCY + 10) == 0
+    assert parent.wait(supervisor.MERCY + 10) == 0
     assert job.get_status() == "queued"
     assert not alive(child)
 
@@ -267,7 +267,7 @@ def test_job_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
-    ours = worker.child_environment({"OMP_NUM_THREADS": "3", "HOME": "/home/x"})
+    ours = supervisor.child_environment({"OMP_NUM_THREADS": "3", "HOME": "/home/x"})
     assert ours["OMP_NUM_THREADS"] == "3"
     assert (ours["OMP_WAIT_POLICY"], ours["HOME"]) == ("passive", "/home/x")
     code = "import json, os; print(json.dumps(os.environ['MALLOC_MMAP_THRESHOLD_']))"
@@ -282,7 +282,7 @@ def test_processors_keep_to_the_container_quota(tmp_path: Path, text: str, most:
     quota = tmp_path / "cpu.max"
     quota.write_text(text)
     usable = len(os.sched_getaffinity(0))
-    assert worker.processors(quota) == min(usable, most or usable)
+    assert supervisor.processors(quota) == min(usable, most or usable)
 
 
 def alive(pid: int) -> bool:

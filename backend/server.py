@@ -1,0 +1,50 @@
+"""gunicorn around the app. Importing this loads what its processes share; each opens connections of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask
+from gunicorn.app.base import BaseApplication
+
+from backend.app import create_app
+from backend.settings import Settings
+
+
+def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+    """Run gunicorn in this process until it is told to stop.
+
+    Args:
+        settings: for each worker's app.
+        host: address to listen on.
+        port: port to listen on.
+        workers: processes; modules are loaded before the fork, connections opened after it.
+
+    Raises:
+        StoreError: the secret can be neither read nor made.
+    """
+    settings.secret_value()  # made here if at all: two workers could make two
+
+    class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+        def load_config(self) -> None:
+            for name, value in _gunicorn(settings, host, port, workers).items():
+                if name in self.cfg.settings:  # control_socket_disable came with gunicorn 25
+                    self.cfg.set(name, value)
+
+        def load(self) -> Flask:
+            return create_app(settings)
+
+    Server().run()
+
+
+def _gunicorn(settings: Settings, host: str, port: int, workers: int) -> dict[str, Any]:
+    return {
+        "bind": f"{host}:{port}",
+        "workers": workers,
+        "worker_class": "gthread",
+        "threads": 8,
+        "timeout": 120,
+        "graceful_timeout": 10,
+        "loglevel": settings.log_level.lower(),
+        "control_socket_disable": True,
+    }
