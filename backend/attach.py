@@ -13,13 +13,15 @@ from urllib.parse import urlsplit
 from backend.connection import credentials, note_of, our_backend, ours_among, recorded
 from backend.detach import detach
 from backend.errors import AttachRefused, ConfigError
-from backend.label_config import parse
+from backend.label_config import OURS, ProjectConfig, parse, without_coarse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
 from backend.steps import Found, Step, named_groups, steps
 
 __all__ = ["Plan", "apply", "check", "credentials", "detach", "our_backend", "plan", "recorded"]
 
+#: Fine labels of each coarse label.
+Groups = Mapping[str, Sequence[str]]
 #: The order is tested on 1.23; what is older than this was never tried and is refused.
 OLDEST = (1, 20)
 #: Tasks whose image hosts are looked at; hosts that occur only later need another `attach`.
@@ -47,9 +49,7 @@ class Plan:
         return [*self.notes, *(changes or ["Everything is in place; nothing to change."])]
 
 
-def plan(
-    studio: LabelStudio, project: int, settings: Settings, groups: Mapping[str, Sequence[str]] | None = None
-) -> Plan:
+def plan(studio: LabelStudio, project: int, settings: Settings, groups: Groups | None = None) -> Plan:
     """Find out what a project still needs; changes nothing.
 
     Label Studio's community edition makes no `ProjectMember` rows (two of them would make its order random) and no
@@ -96,7 +96,7 @@ def check(studio: LabelStudio, project: int, settings: Settings) -> list[str]:
         return [str(error)]
 
 
-def look(studio: LabelStudio, project: int, settings: Settings, groups: Mapping[str, Sequence[str]] | None) -> Found:
+def look(studio: LabelStudio, project: int, settings: Settings, groups: Groups | None) -> Found:
     """Read a project, and refuse it where our order cannot hold.
 
     Raises:
@@ -113,8 +113,22 @@ def look(studio: LabelStudio, project: int, settings: Settings, groups: Mapping[
     ours = ours_among(backends, settings)
     note = note_of(ours)
     others = tuple(b for b in backends if ours is None or b["id"] != ours["id"])
-    config = parse(row["label_config"], groups or note.get("groups"))
+    config = understand(row["label_config"], groups, note.get("groups"))
     return Found(studio, settings, row, config, ours, others, tuple(note.get("image_hosts", ())))
+
+
+def understand(xml: str, groups: Groups | None, recorded: Groups | None) -> ProjectConfig:
+    """Parse a label config; with other `groups` than our control was made for, as if the control were not there.
+
+    Raises:
+        ConfigError: it cannot be used, or the groups do not fit.
+    """
+    try:
+        return parse(xml, groups or recorded)
+    except ConfigError:
+        if groups and OURS in xml:
+            return parse(without_coarse(xml), groups)
+        raise
 
 
 def check_version(version: str) -> None:
@@ -136,7 +150,10 @@ def notes(found: Found) -> Iterator[str]:
         f"Project {found.id} ({row['title']}): images in {config.image_key!r}, fine labels by {config.fine.tag} "
         f"{config.fine.name!r}."
     )
-    yield "Coarse labels: " + "; ".join(f"{name} = {', '.join(fine)}" for name, fine in named_groups(config).items())
+    groups = "; ".join(f"{name} = {', '.join(fine)}" for name, fine in named_groups(config).items())
+    yield f"Coarse labels: {groups}."
+    if config.background == "":
+        yield f"No label means background: pixels without a region count as {config.classes.fine[0]!r}."
     first = min(found.others, key=lambda b: int(b["id"]), default=None)
     if first and (found.ours is None or int(first["id"]) < int(found.ours["id"])):
         yield (

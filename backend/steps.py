@@ -27,7 +27,7 @@ from backend.connection import (
     webhook_url,
 )
 from backend.errors import AttachRefused, LabelStudioError
-from backend.label_config import ProjectConfig, with_coarse
+from backend.label_config import ProjectConfig, with_coarse, without_coarse
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
@@ -61,7 +61,7 @@ class Found:
     def new_config(self) -> str:
         """The label config with our coarse control."""
         old = str(self.project["label_config"])
-        return old if self.config.coarse else with_coarse(old, self.config.classes)
+        return old if self.config.coarse else with_coarse(without_coarse(old), self.config.classes)
 
 
 def steps(found: Found) -> Iterator[Step]:
@@ -98,9 +98,11 @@ def new_note(found: Found) -> dict[str, Any]:
     """Our note as it should be; what was there before us is written down once."""
     old, row = note_of(found.ours), found.project
     before = dict(old.get("before") or former(found))
-    stamp = old.get("config") or digest(row["label_config"])
-    if found.new_config != row["label_config"]:  # the control is added, maybe again: this is what detach goes back to
-        before["label_config"], stamp = row["label_config"], digest(found.new_config)
+    stamp, now = old.get("config"), row["label_config"]
+    if stamp != digest(now) and found.new_config != now:
+        before["label_config"] = without_coarse(now)  # somebody changed the rest: detach goes back to their version
+    if stamp is None or found.new_config != now:
+        stamp = digest(found.new_config)
     groups = named_groups(found.config)
     return {"before": before, "groups": groups, "image_hosts": list(found.hosts), "config": stamp}
 
@@ -192,7 +194,7 @@ def config_steps(found: Found) -> Iterator[Step]:
     """Add the coarse control."""
     if found.new_config != found.project["label_config"]:
         labels = ", ".join([*found.config.classes.coarse, "Mixed"])
-        text = f"Add a control for coarse labels ({labels}) to the label config; the rest of it stays."
+        text = f"Put a control for coarse labels ({labels}) into the label config; the rest of it stays."
         yield Step(text, lambda: found.studio.patch_project(found.id, label_config=found.new_config))
 
 
@@ -275,7 +277,7 @@ def hidden_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]
 
 
 def named_groups(config: ProjectConfig) -> dict[str, list[str]]:
-    """Fine classes of each coarse label, by name; the implicit background has the empty name."""
+    """Fine classes of each coarse label, by name."""
     classes = config.classes
     return {
         name: [classes.fine[c] for c in members] for name, members in zip(classes.coarse, classes.groups, strict=True)

@@ -148,7 +148,7 @@ def test_plan_changes_nothing(door: LabelStudio, project: int, settings: Setting
     assert "images in 'photo', fine labels by BrushLabels 'seg'" in sentences[0]
     assert "Background = Soil" in sentences[1]
     assert "Foreground = Crop, Weed" in sentences[1]
-    for part in ("Connect the ML backend", "Add a control", "sampling", "secret", "tab 'First Row'"):
+    for part in ("Connect the ML backend", "Put a control", "sampling", "secret", "tab 'First Row'"):
         assert any(part in sentence for sentence in sentences), part
     assert state(door, project) == before
 
@@ -206,6 +206,41 @@ def test_note_survives_new_titles(door: LabelStudio, project: int, settings: Set
     assert note["before"]["label_config"] == CONFIG
     assert attach.check(door, project, settings) == []  # the groups come from the note
     assert door.project(project)["model_version"] == "first-row-8"
+
+
+def test_other_groups_replace_the_control(door: LabelStudio, project: int, settings: Settings) -> None:
+    before = state(door, project)
+    attach.apply(attach.plan(door, project, settings))
+    groups = {"Ground": ["Soil"], "Useful": ["Crop"], "Useless": ["Weed"]}
+    todo = attach.plan(door, project, settings, groups)
+    assert "Coarse labels: Ground = Soil; Useful = Crop; Useless = Weed." in todo.sentences
+    attach.apply(todo)
+    now = parse(door.project(project)["label_config"])
+    assert now.coarse is not None
+    assert now.coarse.labels == ("Ground", "Useful", "Useless", "Mixed")
+    assert attach.recorded(door, project, settings)["groups"] == groups
+    assert attach.check(door, project, settings) == []
+    with pytest.raises(ConfigError, match="'Wheat' is not a label"):
+        attach.plan(door, project, settings, {"Ground": ["Soil"], "Plant": ["Wheat", "Weed", "Crop"]})
+    list(attach.detach(door, project, settings))
+    assert state(door, project) == before
+
+
+def test_polygons_without_a_background(door: LabelStudio, settings: Settings) -> None:
+    xml = (
+        '<View><Image name="i" value="$image"/><PolygonLabels name="p" toName="i">'
+        '<Label value="Crop"/><Label value="Weed"/></PolygonLabels></View>'
+    )
+    project = door.create_project("polygons", xml)["id"]
+    try:
+        todo = attach.plan(door, project, settings)
+        assert "No label means background: pixels without a region count as 'background'." in todo.sentences
+        attach.apply(todo)
+        assert attach.plan(door, project, settings).steps == ()
+        list(attach.detach(door, project, settings))
+        assert door.project(project)["label_config"] == xml
+    finally:
+        door.delete_project(project)
 
 
 def test_half_attached_is_said_and_repaired(door: LabelStudio, project: int, settings: Settings) -> None:
@@ -296,7 +331,7 @@ def test_a_coarse_control_of_the_team_stays(door: LabelStudio, settings: Setting
     project = door.create_project("own", own)["id"]
     try:
         todo = attach.plan(door, project, settings)
-        assert not any("Add a control" in sentence for sentence in todo.sentences)
+        assert not any("Put a control" in sentence for sentence in todo.sentences)
         attach.apply(todo)
         list(attach.detach(door, project, settings))
         assert door.project(project)["label_config"] == own
@@ -381,9 +416,9 @@ def test_our_own_backend(door: LabelStudio, project: int, make_backend: Callable
     before = state(door, project)
     attach.apply(attach.plan(door, project, settings))
     assert attach.check(door, project, settings) == []
-    waiting = running.board.waiting(project)
-    made = door.create_annotation(next(door.tasks(project))["id"], [])
-    assert running.board.waiting(project) > waiting  # our webhook came with our secret and was let in
+    task = next(door.tasks(project))["id"]
+    made = door.create_annotation(task, [])
+    assert task in running.board.take(project)[0]  # the webhook came with our secret and was let in
     door.delete_annotation(made["id"])
     list(attach.detach(door, project, settings))
     assert state(door, project) == before
