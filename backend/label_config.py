@@ -298,8 +298,11 @@ def coarse_block(name: str, image: str, classes: Classes, keys: Iterable[str]) -
 
 
 def must_be_said(classes: Classes) -> bool:
-    """Whether groups are to be written down: not where background stands against everything else, for that stays
-    right when a label is added or renamed; and not where a comma in a name would be misread."""
+    """Whether groups are to be written down.
+
+    Not where background stands against everything else, for that stays right when a label is added or renamed; and
+    not where a comma in a name would be misread.
+    """
     usual = classes.coarse == ("Background", "Foreground") and len(classes.groups[0]) == 1
     return not usual and not any("," in name for name in classes.fine)
 

@@ -1,355 +1,323 @@
-"""Masks <-> regions. The only place that knows percent coordinates and Label Studio's run lengths."""
+"""Masks <-> regions of Label Studio: brush, bitmask and polygon. Alone in knowing percent coordinates.
+
+Maps are at work resolution, regions at the original one. Both ways take the nearest pixel, so a map that went out and
+came back is the same map; only polygons are simplified.
+"""
 
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from backend.errors import MaskError
 from backend.label_config import Control, ProjectConfig
+from backend.rle import Ints, decode_rle, encode_changes
+from model.classes import IGNORE, UNKNOWN
 
-#: A pixel without a region.
+#: A pixel that no region covers.
 UNLABELLED = 255
-#: Bits of the four run-length fields that Label Studio's format names in its head.
-SIZES = np.array([3, 4, 8, 16])
-#: Alpha values above this belong to the mask: brush strokes have soft edges.
-OPAQUE = 127
-#: Pieces below this share of the image share one region per class, and at most this many get one of their own.
-SMALL, MOST = 0.001, 40
+#: More regions than this make the editor slow and help nobody.
+MOST_REGIONS = 60
+#: Smaller pieces, as a share of the image, of one class share a region.
+TINY = 0.0005
+#: How far, in pixels, the outline of a polygon may be from the mask's: stairs become lines.
+EPSILON = 0.75
+#: More pixels than any camera has: refused before memory is taken for them.
+MOST_PIXELS = 200_000_000
 
+#: What readers of broken JSON, numbers and pictures raise.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, SyntaxError, struct.error, zlib.error)
+
+Region = dict[str, Any]
+Mask = NDArray[np.bool_]
 Map = NDArray[np.uint8]
 Size = tuple[int, int]
-Region = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A mask to be shown as one region: (H, W) bool at work resolution, label, confidence 0..1."""
-
-    mask: NDArray[np.bool_]
-    label: str
-    score: float
-
-
-def encode_rle(mask: NDArray[Any]) -> NDArray[np.uint8]:
-    """Label Studio's brush run lengths of a mask, byte for byte as its SDK writes them.
+def to_mask(result: Sequence[Mapping[str, Any]], control: Control, size: Size, labels: Sequence[str]) -> Map:
+    """Draw the regions of one control, later ones over earlier ones.
 
     Args:
-        mask: (H, W), not zero where the mask is.
+        result: regions of an annotation or prediction; those of other controls do not count.
+        control: the control.
+        size: (width, height) of the mask that is wanted.
+        labels: names; their positions are the mask's values.
 
     Returns:
-        The bytes: of an RGBA image whose four channels are all 0 or all 255.
-    """
-    value = (np.asarray(mask).ravel() != 0).astype(np.uint8) * 255
-    start = np.concatenate(([0], np.flatnonzero(value[1:] != value[:-1]) + 1))
-    length, value = np.diff(np.append(start, value.size)) * 4, value[start]
-    parts = -(-length // 65536)  # runs that 16 bits cannot count are split
-    owner = np.repeat(np.arange(length.size), parts)
-    last = np.append(owner[1:] != owner[:-1], True)
-    length, value = np.where(last, length[owner] - (parts[owner] - 1) * 65536, 65536), value[owner]
-    size = np.searchsorted(1 << SIZES, length)
-    width = 11 + SIZES[size]
-    code = ((4 | size) << (SIZES[size] + 8)) | ((length - 1) << 8) | value
-    head = int("".join(f"{s - 1:04b}" for s in SIZES), 2) | 7 << 16 | (np.asarray(mask).size * 4) << 21
-    return _pack(np.concatenate(([head >> 27, head & (1 << 27) - 1], code)), np.concatenate(([26, 27], width)))
-
-
-def _pack(codes: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Write codes of up to 27 bits one after another, most significant bit first.
-
-    Each code lies in at most two 32-bit words: it is shifted into a 64-bit window and both halves are summed up.
-    """
-    end = np.cumsum(widths)
-    word, shift = (end - widths) // 32, 64 - (end - widths) % 32 - widths
-    window = codes.astype(np.uint64) << shift.astype(np.uint64)
-    words = np.zeros(int(end[-1]) // 32 + 2, np.uint64)
-    first = np.concatenate(([0], np.flatnonzero(np.diff(word)) + 1))
-    words[word[first]] += np.add.reduceat(window >> np.uint64(32), first)
-    words[word[first] + 1] += np.add.reduceat(window & np.uint64(0xFFFFFFFF), first)
-    size = int(end[-1]) // 8 + 1  # the SDK pads an aligned stream by a whole byte
-    return np.frombuffer(words.astype(">u4").tobytes(), np.uint8)[:size]
-
-
-def decode_rle(rle: Sequence[int] | NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask that brush run lengths say.
-
-    Args:
-        rle: bytes.
-        shape: height and width.
-
-    Returns:
-        (H, W) bool.
+        (H, W) position in `labels`, or UNLABELLED.
 
     Raises:
-        ValueError: the bytes are damaged, or of an image of another size.
+        MaskError: a region cannot be read; it names the region.
     """
-    data = np.asarray(rle)
-    if data.ndim != 1 or data.size < 7 or data.min() < 0 or data.max() > 255:
-        raise ValueError("these are not brush run lengths")
-    stream = data.astype(np.uint8).tobytes() + bytes(12)
-    number = int.from_bytes(stream[:8], "big")
-    total, word = number >> 32, (number >> 27 & 31) + 1
-    sizes = [(number >> 11 + 4 * (3 - i) & 15) + 1 for i in range(4)]
-    if total != shape[0] * shape[1] * 4:
-        raise ValueError(f"the run lengths are of {total // 4} pixels, the image has {shape[0] * shape[1]}")
-    if word != 8:
-        raise ValueError(f"values of {word} bits are not known")
-    lengths, values = _runs(stream, total, sizes, data.size * 8)
-    pixels = np.diff(np.cumsum(lengths) // 4, prepend=0)  # alphas in each run: every fourth value is one
-    return np.repeat(values > OPAQUE, pixels).reshape(shape)
-
-
-def _runs(stream: bytes, total: int, sizes: list[int], bits: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Length and value of each run; literals are runs of one."""
-    lengths: list[int] = []
-    values: list[int] = []
-    position, done = 53, 0
-    while done < total:
-        byte, offset = position >> 3, position & 7
-        window = int.from_bytes(stream[byte : byte + 6], "big") << offset & 0xFFFFFFFFFFFF
-        size = sizes[window >> 45 & 3]
-        length = (window >> 45 - size & (1 << size) - 1) + 1
-        position += 3 + size
-        if position > bits:
-            raise ValueError("the run lengths end too early")
-        if window >> 47:
-            lengths.append(length)
-            values.append(window >> 37 - size & 255)
-            position += 8
-        else:
-            lengths += [1] * length
-            values += _literals(stream, position, length)
-            position += 8 * length
-        done += length
-    return np.array(lengths, np.int64), np.array(values, np.uint8)
-
-
-def _literals(stream: bytes, position: int, length: int) -> list[int]:
-    byte, offset = position >> 3, position & 7
-    number = int.from_bytes(stream[byte : byte + length + 1].ljust(length + 1, b"\0"), "big")
-    whole = number >> 8 - offset & (1 << 8 * length) - 1
-    return list(whole.to_bytes(length, "big"))
-
-
-def to_mask(result: Sequence[Mapping[str, Any]], control: Control, work: Size, labels: Sequence[str]) -> Map:
-    """Paint a control's regions, later ones over earlier ones.
-
-    Args:
-        result: regions of an annotation or prediction; those of other controls are passed over.
-        control: whose regions are meant.
-        work: width and height of the map.
-        labels: the map's values are positions in this list.
-
-    Returns:
-        (H, W) position of the label, UNLABELLED where there is no region.
-
-    Raises:
-        MaskError: a region cannot be read, or has a label that is not in the list; names the region.
-    """
-    painted = np.full((work[1], work[0]), UNLABELLED, np.uint8)
+    drawn = np.full((size[1], size[0]), UNLABELLED, np.uint8)
     for region in result:
-        if region.get("from_name") != control.name or region.get("type") == "labels":
+        if region.get("from_name") != control.name:
             continue
         try:
-            mask, label = region_mask(region, work), region_label(region)
-        except (KeyError, ValueError, TypeError, IndexError, binascii.Error, cv2.error) as error:
-            raise MaskError(
-                f"region {region.get('id')} of {control.name} cannot be read ({type(error).__name__}: {error}): "
-                "delete the region or draw it again"
-            ) from error
-        if label is not None and label not in labels:
-            raise MaskError(f"region {region.get('id')} has the label {label}, which {control.name} does not have now")
-        if label is not None:
-            painted[mask] = list(labels).index(label)
-    return painted
+            drawn[read_region(region, control.tag, size)] = position(region, control, labels)
+        except UNREADABLE as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            name = f"region {region.get('id')} of {control.name!r}"
+            raise MaskError(f"{name} cannot be read: {said}. Delete or redraw it in Label Studio") from error
+    return drawn
 
 
-def region_label(region: Mapping[str, Any]) -> str | None:
-    """The label of a region; None for a region that nobody has given one."""
-    names = region["value"].get(region["type"]) or []
-    return str(names[0]) if names else None
+def position(region: Mapping[str, Any], control: Control, labels: Sequence[str]) -> int:
+    """Where the region's label stands in `labels`."""
+    names = region["value"].get(control.tag.lower()) or []
+    if len(names) != 1:
+        raise ValueError(f"it has {len(names)} labels instead of one")
+    if names[0] not in labels:
+        raise ValueError(f"its label {names[0]!r} is not in the label config any more")
+    return list(labels).index(names[0])
 
 
-def region_mask(region: Mapping[str, Any], work: Size) -> NDArray[np.bool_]:
-    """(H, W) where the region is, at work resolution."""
-    value, kind = region["value"], region["type"]
-    size = (int(region["original_width"]), int(region["original_height"]))
-    if kind == "polygonlabels":
-        return polygon_mask(value["points"], work)
-    if kind == "brushlabels":
-        return shrunk(decode_rle(value["rle"], size[::-1]), work)
-    if kind == "bitmasklabels":
-        return shrunk(bitmask(value["imageDataURL"], size), work)
-    raise ValueError(f"regions of type {kind} are not masks")
+def read_region(region: Mapping[str, Any], tag: str, size: Size) -> Mask:
+    """(H, W) the pixels of a region, at the size that is wanted."""
+    if region.get("image_rotation"):
+        raise ValueError("it was drawn on a rotated image")
+    value = region["value"]
+    if tag == "PolygonLabels":
+        return fill(np.asarray(value["points"], np.float64) / 100 * size, size)
+    width, height = int(region["original_width"]), int(region["original_height"])
+    if width < 1 or height < 1 or width * height > MOST_PIXELS:
+        raise ValueError(f"an image of {width}x{height} pixels")
+    if tag == "BrushLabels":
+        mask = decode_rle(rle_bytes(value["rle"]), (height, width))
+    else:
+        mask = decode_png(value["imageDataURL"], (width, height))
+    return mask[nearest(size[1], height)][:, nearest(size[0], width)]
 
 
-def bitmask(url: str, size: Size) -> NDArray[np.bool_]:
-    """The mask of a PNG data URL: not black and not transparent."""
+def rle_bytes(numbers: Sequence[int]) -> Map:
+    """The numbers of a brush region, if they are bytes."""
+    found = np.asarray(numbers)
+    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255)):
+        raise ValueError("its mask is not a list of numbers from 0 to 255")
+    return found.astype(np.uint8)
+
+
+def nearest(wanted: int, given: int) -> Ints:
+    """For each of the wanted rows (or columns), the given one under its middle."""
+    found: Ints = (2 * np.arange(wanted) + 1) * given // (2 * wanted)
+    return found
+
+
+def decode_png(url: str, size: Size) -> Mask:
+    """(H, W) mask of a data URL: what is not transparent, or in an image without transparency what is bright."""
     data = base64.b64decode(url.partition("base64,")[2], validate=True)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise ValueError("the PNG cannot be decoded")
-    if image.shape[1::-1] != size:
-        raise ValueError(f"the PNG has {image.shape[1]}x{image.shape[0]} pixels, the image {size[0]}x{size[1]}")
-    if image.ndim == 2:
-        return np.asarray(image > OPAQUE)
-    drawn = image[..., :3].max(-1) > 0
-    return np.asarray(drawn & (image[..., 3] > OPAQUE) if image.shape[2] == 4 else drawn)
+    if len(data) < 24 or struct.unpack(">II", data[16:24]) != size:  # before anything is unpacked
+        raise ValueError(f"its picture is no PNG of {size[0]}x{size[1]} pixels, as its image is")
+    pixels = np.asarray(Image.open(BytesIO(data), formats=["PNG"]).convert("RGBA"))
+    alpha: Mask = pixels[..., 3] > 127
+    return alpha if not alpha.all() else pixels[..., :3].max(axis=2) > 127
 
 
-def polygon_mask(points: Sequence[Sequence[float]], work: Size) -> NDArray[np.bool_]:
-    """The inside of a polygon given in per cent; sixteenths of a pixel count."""
-    corners = np.array(points, np.float64).reshape(-1, 2) / 100 * work
-    mask = np.zeros((work[1], work[0]), np.uint8)
-    cv2.fillPoly(mask, [np.round((corners - 0.5) * 16).astype(np.int32)], 1, shift=4)
-    return mask.astype(bool)
+def fill(points: NDArray[np.float64], size: Size) -> Mask:
+    """(H, W) pixels whose middle is inside a polygon, by the even-odd rule.
 
-
-def shrunk(mask: NDArray[np.bool_], work: Size) -> NDArray[np.bool_]:
-    """The nearest pixel at work resolution."""
-    return resized(mask.astype(np.uint8), work).astype(bool)
-
-
-def resized(values: Map, size: Size) -> Map:
-    """The nearest pixel at another size (width, height)."""
-    if values.shape == size[::-1]:
-        return values
-    return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+    Args:
+        points: (P, 2) x and y in pixels.
+        size: (width, height).
+    """
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+        raise ValueError("a polygon needs three points or more, each of two numbers")
+    start, end = points, np.roll(points, -1, axis=0)
+    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    first = np.clip(np.ceil(low - 0.5), 0, size[1]).astype(np.int64)
+    crossed = np.clip(np.ceil(high - 0.5), 0, size[1]).astype(np.int64) - first
+    edge = np.repeat(np.arange(len(points)), crossed)
+    row = np.arange(edge.size) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
+    slope = (row + 0.5 - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
+    x = start[edge, 0] + slope * (end[edge, 0] - start[edge, 0])
+    column = np.clip(np.ceil(x - 0.5), 0, size[0]).astype(np.int64)
+    turns = np.zeros((size[1], size[0] + 1), np.int64)
+    np.add.at(turns, (row, column), 1)
+    inside: Mask = np.cumsum(turns, axis=1)[:, :-1] % 2 == 1
+    return inside
 
 
 def coarse_regions(
     clusters: Map, guesses: Sequence[str], config: ProjectConfig, original: Size, scores: Sequence[float]
 ) -> list[Region]:
-    """One brush region per cluster that is in the image, in our coarse control.
+    """One region per cluster in the coarse control.
 
     Args:
-        clusters: (H, W) cluster map at work resolution.
-        guesses: coarse label per cluster.
-        config: of the project, with a coarse control.
-        original: width and height of the original image.
+        clusters: (H, W) cluster of every pixel.
+        guesses: coarse label of each cluster.
+        config: the project's controls.
+        original: (width, height) of the task's image.
         scores: how sure each guess is, 0..1.
 
-    Returns:
-        Regions whose id and `meta` carry the cluster's number.
+    Raises:
+        ValueError: the project has no coarse control.
     """
     if config.coarse is None:
-        return []
-    large, found = resized(clusters, original), []
+        raise ValueError("the project has no coarse control")
+    found = []
     for cluster, (label, score) in enumerate(zip(guesses, scores, strict=True)):
-        here = large == cluster
-        if here.any():
-            region = brush(here, config.coarse, label, original, f"cl{cluster}_0", score)
+        mask = clusters == cluster
+        if mask.any():
+            region = write_region(mask, config.coarse, label, original, f"cl{cluster}", score)
             found.append({**region, "meta": {"text": [f"cluster {cluster}"], "cluster": cluster}})
     return found
 
 
 def fine_regions(
-    prediction: Map, confidence: Map, coarse: Map | None, config: ProjectConfig, original: Size
+    prediction: Map, confidence: Map, cluster_coarse: Map | None, config: ProjectConfig, original: Size
 ) -> list[Region]:
-    """A mask as regions in the project's own control, so that a wrong plant costs one click and one key.
+    """A mask as connected pieces in the fine control, largest first; an implicit background gets none.
 
     Args:
-        prediction: (H, W) fine class at work resolution, 255 for none.
+        prediction: (H, W) fine class, IGNORE for none.
         confidence: (H, W) 0..255.
-        coarse: (H, W) coarse class; pieces are cut where it changes. None cuts nowhere.
-        config: of the project.
-        original: width and height of the original image.
+        cluster_coarse: (H, W) coarse class of the clusters: pieces are cut where it changes, so that a piece is all
+            right or all wrong more often. None does not cut.
+        config: the project's controls and classes.
+        original: (width, height) of the task's image.
+    """
+    implicit = config.background == ""
+    seen = np.where(prediction == 0, IGNORE, prediction).astype(np.uint8) if implicit else prediction
+    cut = np.full_like(seen, UNKNOWN) if cluster_coarse is None else cluster_coarse
+    pieces, sizes, owner = label_pieces(seen, cut)
+    groups = share(sizes, owner, seen.size, config.fine.tag == "PolygonLabels")
+    found = []
+    for number, members in enumerate(groups):
+        mask = np.isin(pieces, members) if len(members) > 1 else pieces == members[0]
+        fine = int(owner[members[0]])
+        score = float(confidence[mask].mean()) / 255
+        found.append(write_region(mask, config.fine, config.classes.fine[fine], original, f"p{number}_{fine}", score))
+    return sorted(found, key=lambda region: -outlined(region))
+
+
+def outlined(region: Region) -> float:
+    """Area inside a polygon, its holes included: what lies in a hole must be drawn later. 0 for other types."""
+    return float(cv2.contourArea(np.array(region["value"].get("points", [[0, 0]]), np.float32)))
+
+
+def label_pieces(seen: Map, cut: Map) -> tuple[NDArray[np.int32], Ints, Ints]:
+    """Connected pieces of one class within one part.
+
+    Args:
+        seen: (H, W) class, IGNORE for none.
+        cut: (H, W) part.
 
     Returns:
-        Regions, the largest first, each with class and confidence. An implicit background gets none.
+        (H, W) number of the piece, 0 for none; pixels and class of each piece, by number.
     """
-    found: list[Region] = []
-    for number, piece in enumerate(pieces(prediction, confidence, coarse, config)):
-        name = f"fr{number}"
-        mask = resized(piece.mask.astype(np.uint8), original).astype(bool)
-        if config.fine.tag == "PolygonLabels":
-            found += polygons(mask, config.fine, piece, original, name)
-        elif config.fine.tag == "BitmaskLabels":
-            found.append(bitmask_region(mask, config.fine, piece, original, name))
-        else:
-            found.append(brush(mask, config.fine, piece.label, original, name, piece.score))
-    return found
+    pieces = np.zeros(seen.shape, np.int32)
+    key = seen.astype(np.int32) * 256 + cut
+    owner = [IGNORE]
+    for value in np.unique(key[seen != IGNORE]):
+        count, numbers = cv2.connectedComponents((key == value).astype(np.uint8), connectivity=4)
+        here = numbers > 0
+        pieces[here] = numbers[here] + len(owner) - 1
+        owner += [int(value) // 256] * (count - 1)
+    return pieces, np.bincount(pieces.ravel(), minlength=len(owner)), np.array(owner)
 
 
-def pieces(prediction: Map, confidence: Map, coarse: Map | None, config: ProjectConfig) -> list[Piece]:
-    """Connected pieces of one class, cut along the coarse classes; small ones of a class together."""
-    found: list[tuple[int, Piece]] = []
-    for fine, label in enumerate(config.classes.fine):
-        if label not in config.fine.labels:
-            continue  # the implicit background
-        small = np.zeros(prediction.shape, bool)
-        parts = sorted(connected(prediction == fine, coarse), key=lambda part: -int(part.sum()))
-        for rank, part in enumerate(parts):
-            if part.sum() < SMALL * prediction.size or rank >= MOST:
-                small |= part
-            else:
-                found.append((int(part.sum()), piece(part, label, confidence)))
-        if small.any():
-            found.append((int(small.sum()), piece(small, label, confidence)))
-    return [p for _, p in sorted(found, key=lambda sized: -sized[0])]
+def share(sizes: Ints, owner: Ints, pixels: int, alone: bool) -> list[list[int]]:
+    """Which pieces make a region together: large ones alone, the rest by class; at most MOST_REGIONS regions.
+
+    Args:
+        sizes: (P + 1,) pixels of each piece, first of none.
+        owner: (P + 1,) class of each piece.
+        pixels: of the image.
+        alone: regions cannot have several pieces, so the small ones go.
+    """
+    order = [int(piece) for piece in np.argsort(-sizes, kind="stable") if piece > 0]
+    room = MOST_REGIONS if alone else max(MOST_REGIONS - np.unique(owner[1:]).size, 0)
+    large = [piece for piece in order if sizes[piece] >= TINY * pixels][:room]
+    if alone:
+        return [[piece] for piece in large]
+    rest: dict[int, list[int]] = {}
+    for piece in order[len(large) :]:
+        rest.setdefault(int(owner[piece]), []).append(piece)
+    return [[piece] for piece in large] + list(rest.values())
 
 
-def connected(mask: NDArray[np.bool_], coarse: Map | None) -> Iterator[NDArray[np.bool_]]:
-    """Connected pieces of a mask, cut where `coarse` changes."""
-    for value in [None] if coarse is None else np.unique(coarse[mask]):
-        here = mask if value is None or coarse is None else mask & (coarse == value)
-        count, numbers = cv2.connectedComponents(here.astype(np.uint8), connectivity=8)
-        for number in range(1, count):
-            yield numbers == number
+def write_region(mask: Mask, control: Control, label: str, original: Size, name: str, score: float) -> Region:
+    """A region of the control's own type, at the original size.
 
-
-def piece(mask: NDArray[np.bool_], label: str, confidence: Map) -> Piece:
-    """A piece with its mean confidence."""
-    return Piece(mask, label, round(float(confidence[mask].mean()) / 255, 3))
-
-
-def region(control: Control, value: Region, original: Size, name: str, score: float) -> Region:
-    """A region of a control, as Label Studio stores it."""
+    Args:
+        mask: (H, W) at any size.
+        control: its tag says the type.
+        label: one of its labels.
+        original: (width, height) of the task's image.
+        name: id, unique within a result.
+        score: 0..1.
+    """
+    kind = control.tag.lower()
+    value = {"brushlabels": brush, "bitmasklabels": bitmask, "polygonlabels": polygon}[kind](mask, original)
     return {
         "id": name,
         "from_name": control.name,
         "to_name": control.to_name,
-        "type": control.tag.lower(),
-        "score": round(float(score), 3),
+        "type": kind,
         "original_width": original[0],
         "original_height": original[1],
         "image_rotation": 0,
-        "value": value,
+        "score": round(score, 3),
+        "value": {**value, kind: [label]},
     }
 
 
-def brush(mask: NDArray[np.bool_], control: Control, label: str, original: Size, name: str, score: float) -> Region:
-    """A brush region."""
-    value = {"format": "rle", "rle": encode_rle(mask).tolist(), "brushlabels": [label]}
-    return region(control, value, original, name, score)
+def brush(mask: Mask, original: Size) -> dict[str, Any]:
+    """Brush bytes at the original size, without making the large mask.
 
-
-def bitmask_region(mask: NDArray[np.bool_], control: Control, piece: Piece, original: Size, name: str) -> Region:
-    """A bitmask region: a PNG whose alpha is the mask."""
-    rgba = np.repeat((mask.astype(np.uint8) * 255)[..., None], 4, axis=2)
-    data = base64.b64encode(cv2.imencode(".png", rgba)[1].tobytes()).decode()
-    value = {"imageDataURL": f"data:image/png;base64,{data}", "bitmasklabels": [piece.label]}
-    return region(control, value, original, name, piece.score)
-
-
-def polygons(mask: NDArray[np.bool_], control: Control, piece: Piece, original: Size, name: str) -> Iterator[Region]:
-    """One polygon per connected part, through the pixels' corners of its outline.
-
-    A polygon has no holes: what lies in one is a smaller piece of another class, painted later.
+    Each row's changes are moved to the original columns and repeated for the original rows.
     """
-    large = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-    outlines, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    for number, outline in enumerate(outlines):
-        # At twice the size a pixel's outer corners lie half a (small) pixel outside of its border pixels.
-        corners = cv2.approxPolyDP(outline, 0.5, True).reshape(-1, 2) / 2 + 0.25
-        if len(corners) >= 3:
-            points = (corners / original * 100).round(4).tolist()
-            value = {"points": points, "closed": True, "polygonlabels": [piece.label]}
-            yield region(control, value, original, f"{name}_{number}", piece.score)
+    width, height = original
+    edge = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
+    row, column = np.nonzero(edge)
+    moved = np.searchsorted(nearest(width, mask.shape[1]), np.arange(mask.shape[1] + 1))[column]
+    count = np.bincount(row, minlength=mask.shape[0])
+    source = nearest(height, mask.shape[0])
+    many = count[source]
+    at = (
+        np.arange(many.sum())
+        - np.repeat(np.cumsum(many) - many, many)
+        + np.repeat((np.cumsum(count) - count)[source], many)
+    )
+    changes = moved[at] + np.repeat(np.arange(height) * width, many)
+    twice = np.diff(changes, prepend=-1) == 0  # a row ends inside and the next begins inside
+    changes = changes[~(twice | np.append(twice[1:], False))]
+    return {"format": "rle", "rle": encode_changes(changes, width * height).tolist()}
+
+
+def bitmask(mask: Mask, original: Size) -> dict[str, Any]:
+    """A PNG of white on transparent (black would be painted dark), one bit per pixel."""
+    width, height = original
+    rows = np.packbits(mask[:, nearest(width, mask.shape[1])], axis=1)
+    unfiltered = np.pad(rows, ((0, 0), (1, 0)))[nearest(height, mask.shape[0])]
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 1, 3, 0, 0, 0),
+        b"PLTE": bytes([0, 0, 0, 255, 255, 255]),
+        b"tRNS": bytes([0, 255]),
+        b"IDAT": zlib.compress(unfiltered.tobytes(), 6),
+        b"IEND": b"",
+    }
+    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks.items()]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return {"imageDataURL": "data:image/png;base64," + base64.b64encode(png).decode()}
+
+
+def polygon(mask: Mask, original: Size) -> dict[str, Any]:
+    """The outline of the largest piece of a mask as points in percent; holes are filled."""
+    height, width = mask.shape
+    # Pixels are doubled so that the two halves of a border pixel tell on which side of it the outline runs.
+    double = np.repeat(np.repeat(mask.astype(np.uint8), 2, axis=0), 2, axis=1)
+    contours, _ = cv2.findContours(double, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    outline = max(contours, key=cv2.contourArea)
+    corners = cv2.approxPolyDP((outline + 1) // 2, EPSILON, True)[:, 0]
+    points = corners * 100 / np.array([width, height])
+    return {"points": points.tolist(), "closed": True}
