@@ -8,19 +8,19 @@ Each looks at the store, does what is missing and may run again: a worker that d
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, ParamSpec
 
+from backend.attach import check
 from backend.context import Context, context
 from backend.enqueue import progress
-from backend.errors import FirstRowError
+from backend.errors import FirstRowError, LabelStudioError
 from backend.learn import read_scores, score_tasks, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
-from backend.publish import call_back, clean_generations, publish_order
+from backend.publish import call_back, clean_generations, in_force, publish_order
 from backend.rank import rank
 from backend.sync import listing, refresh_config, sync
 
@@ -32,22 +32,19 @@ PREPARE_SHARD, SCORE_SHARD = 64, 64
 
 
 def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[..., None]:
-    """A job: logs start and end, and leaves the reason of a failure where `status` looks."""
+    """A job: leaves the reason of a failure where `status` looks. The worker logs start, end and tracebacks."""
 
     @wraps(job)
     def run(project: int, *args: P.args, **kwargs: P.kwargs) -> None:
-        ctx, began = context(), time.monotonic()
-        log.info("project %d: %s starts", project, job.__name__)
+        ctx = context()
         try:
             job(ctx, ctx.project(project), *args, **kwargs)
         except Exception as error:
             known = isinstance(error, FirstRowError)
             reason = str(error) if known else f"{type(error).__name__}: {error} (the worker's log says more)"
-            log.error("project %d: %s failed: %s", project, job.__name__, reason, exc_info=not known)
             ctx.board.fail(project, job.__name__, reason)
             ctx.board.abandon(project, job.__name__)
             raise
-        log.info("project %d: %s ends after %.1f s", project, job.__name__, time.monotonic() - began)
 
     return run
 
@@ -146,8 +143,17 @@ def clean(ctx: Context, project: Project) -> None:
 def reconcile(ctx: Context, project: Project) -> None:
     """Find in Label Studio what lost events would have told, and rounds that were lost."""
     ctx.board.reconciled(project.id)
+    try:
+        config = refresh_config(ctx, project)
+    except LabelStudioError as error:
+        if error.status != 404:
+            raise
+        log.warning("project %d is gone from Label Studio, or our key may not see it: forgotten", project.id)
+        ctx.board.forget(project.id)
+        return
+    for sentence in check(ctx.studio, project.id, ctx.settings):
+        log.warning("project %d lacks something (`firstrow attach --project %d`): %s", project.id, project.id, sentence)
     index = project.index()
-    config = refresh_config(ctx, project)
     found, read = listing(ctx, project, config, index)
     gone = set(index) - set(found)
     ctx.board.remember(project.id, read | gone | (set(found) - set(index)))
@@ -158,11 +164,17 @@ def reconcile(ctx: Context, project: Project) -> None:
 
 
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:
-    """Queue the scoring of every image that has no comparable score yet, then the publishing."""
+    """Queue the scoring of every image that has no comparable score yet, then the publishing.
+
+    A round in which nothing changed ends here: the order in force is the one it would publish.
+    """
     config = project.config()
     scores = read_scores(ctx, project, config, index)
     have = set(scores.rows)
     todo = [r.id for r in [*pool(index), *labelled(index)] if r.id not in have and not r.error]
+    if not todo and in_force(ctx, project, index, config):
+        ctx.board.finish(project.id)
+        return
     shards = [ctx.board.enqueue("score", project.id, number, ids) for ids in split(todo, SCORE_SHARD)]
     ctx.board.enqueue("publish", project.id, number, after=shards)
 

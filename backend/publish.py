@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from backend.label_config import ProjectConfig
-
 from backend.connection import OURS, credentials, our_backend, signed
 from backend.context import Context
 from backend.errors import JobError, LabelStudioError
-from backend.learn import is_trained, model_info, network_key
+from backend.label_config import ProjectConfig
+from backend.learn import is_trained, model_info, network_key, scores_key
 from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import COARSE_COPY, HEAD, Index, Project, TaskRecord, stages
@@ -76,8 +76,24 @@ def new_state(
         "stages": stages(index),
         "note": model_info(project).get("note", ""),
         "published": time.time(),
+        "basis": basis(ctx, project, index, config),
         "tasks": len(places),
     }
+
+
+def basis(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> str:
+    """Names all that an order depends on: equal basis, equal order."""
+    tasks = [(r.id, r.image, r.stage, r.version, r.error) for r in index.values()]
+    wishes = (ctx.settings.strategy, ctx.settings.coarse_tasks, config)
+    return hashlib.sha1(repr((sorted(tasks), wishes, scores_key(ctx, project, config))).encode()).hexdigest()
+
+
+def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
+    """Whether the order that Label Studio sorts by now was made from just what we know."""
+    state = ctx.board.state(project.id)
+    if not state or state.get("basis") != basis(ctx, project, index, config):
+        return False
+    return bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
 
 
 def prelabels_travel(ctx: Context, project: Project, backend: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import redis
+import requests
 from numpy.typing import NDArray
 
 from backend.context import Context, connect
@@ -131,3 +133,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, NDArray[np.
         cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
         found[path] = mask
     return found
+
+
+@pytest.fixture(scope="session")
+def make_user(studio: Studio) -> Callable[[str], LabelStudio]:
+    """Sign somebody up at Label Studio, as people do in a browser; gives the door with their own key."""
+
+    def make(name: str) -> LabelStudio:
+        with requests.Session() as browser:
+            browser.get(f"{studio.url}/user/signup/", timeout=30)
+            form = {
+                "email": f"{name}-{secrets.token_hex(4)}@example.com",
+                "password": secrets.token_urlsafe(12),
+                "csrfmiddlewaretoken": browser.cookies["csrftoken"],
+            }
+            browser.post(f"{studio.url}/user/signup/", data=form, headers={"Referer": studio.url}, timeout=30)
+            token = browser.get(f"{studio.url}/api/current-user/token", timeout=30).json()["token"]
+        return LabelStudio(studio.url, token)
+
+    return make

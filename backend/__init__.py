@@ -1,0 +1,1 @@
+"""Serves Label Studio: events in, jobs, predictions out. Imports `model`, never the reverse."""

@@ -1,0 +1,411 @@
+"""Annotations in, reordered queue out: Label Studio, Redis, web process and worker are all real."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import Backend
+from numpy.typing import NDArray
+
+from backend.annotator import Annotator, prelabel
+from backend.attach import apply, plan
+from backend.embedded import start_serve, start_worker
+from backend.label_config import ProjectConfig, parse
+from backend.labelstudio import LabelStudio
+from backend.project import COARSE_COPY, Project
+from backend.regions import fine_regions, to_mask
+from model.data import Folder
+
+SEG = """<View><Image name="photo" value="$picture"/><{tag} name="seg" toName="photo">
+<Label value="soil"/><Label value="crop"/><Label value="weed"/></{tag}></View>"""
+GROUPS = {"Soil": ["soil"], "Plant": ["crop", "weed"]}
+Masks = Mapping[int, NDArray[np.uint8]]
+
+
+class Team:
+    """A project with pictures, its hidden masks, and an annotator."""
+
+    def __init__(self, backend: Backend, pictures: Mapping[Path, NDArray[np.uint8]], tag: str = "BrushLabels") -> None:
+        self.backend, self.studio = backend, backend.context.studio
+        self.id = int(self.studio.create_project("field", SEG.format(tag=tag))["id"])
+        ids = self.studio.upload(self.id, list(pictures))
+        self.masks: Masks = dict(zip(ids, pictures.values(), strict=True))
+        self.project = Project(backend.context.store, self.id)
+
+    def attach(self) -> int:
+        """Attach the project; returns the first round that has an order."""
+        apply(plan(self.studio, self.id, self.backend.context.settings, GROUPS))
+        self.backend.context.board.request_round(self.id, "attached")
+        return self.wait()
+
+    def wait(self, after: int = 0) -> int:
+        return self.backend.wait(self.id, after)
+
+    @property
+    def config(self) -> ProjectConfig:
+        return parse(self.studio.project(self.id)["label_config"], GROUPS)
+
+    def annotator(self, studio: LabelStudio | None = None) -> Annotator:
+        return Annotator(studio or self.studio, self.id, self.config, self.masks)
+
+    def ranking(self) -> list[int]:
+        return [row["task"] for row in self.project.store.read_json(self.project.key("ranking.json"))]
+
+    def coarse(self) -> int:
+        """Give every coarse label that is asked for; returns the round after."""
+        while self.backend.context.board.state(self.id)["phase"] == "coarse":
+            before = self.backend.round(self.id)
+            assert self.annotator().label_next().ask == "coarse"  # type: ignore[union-attr]
+            self.wait(before)
+        return self.backend.round(self.id)
+
+    def segment(self, task: int) -> None:
+        """Segment one task, whatever Label Studio would serve."""
+        annotator = self.annotator()
+        self.studio.create_annotation(task, annotator.full_result(task))
+
+
+def stages(team: Team) -> dict[int, str]:
+    return {record.id: record.stage for record in team.project.index().values()}
+
+
+def test_the_loop_from_clusters_to_a_new_order(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team.attach()
+    served = team.studio.next_task(team.id)
+    assert served is not None
+    assert served["id"] == team.ranking()[0]
+    shown = prelabel(served)
+    assert {region["from_name"] for region in shown} == {"coarse"}
+    assert {region["value"]["brushlabels"][0] for region in shown} <= {"Soil", "Plant"}
+    assert all(region["meta"]["cluster"] == int(region["id"][2:].split("_")[0]) for region in shown)
+
+    team.coarse()
+    votes = team.project.decided()
+    assert {0, 1} <= set(votes.tolist()), "two coarse labels name clusters of soil and of plants"
+    kept = {p["model_version"] for t in team.masks for p in team.studio.predictions(t)}
+    assert COARSE_COPY in kept, "a coarse label is kept when its task comes back"
+    assert set(stages(team).values()) == {"new", "returned"}
+
+    before, model = team.ranking(), team.backend.context.board.state(team.id)["model"]
+    assert model == "", "no network worth showing before the first full annotation"
+    first = team.annotator().label_next()
+    assert first is not None
+    assert first.task == before[0], (before, team.ranking(), stages(team), team.backend.context.board.state(team.id))
+    assert first.ask == "full"
+    round_one = team.wait(team.backend.round(team.id))
+    second = team.annotator().label_next()
+    assert second is not None
+    team.wait(round_one)
+    state = team.backend.context.board.state(team.id)
+    assert state["model"].startswith("model-")
+    assert first.task not in team.ranking()
+    assert len(team.ranking()) == len(pictures) - 2
+    curve = team.project.store.read_json(team.project.key("curve.json"))
+    assert [row["task"] for row in curve] == [second.task], "each label is scored by the model that had not seen it"
+    assert 0 <= curve[0]["miou"] <= 1
+    fine = prelabel(team.studio.next_task(team.id) or {})
+    assert {region["from_name"] for region in fine} == {"seg"}
+    assert all(0 <= region["score"] <= 1 for region in fine)
+
+
+def test_coarse_labels_change_the_ranking(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    backend = make_backend(FIRSTROW_COARSE_TASKS="1", FIRSTROW_STRATEGY="gradient-magnitude")
+    team = Team(backend, pictures)
+    team.attach()
+    unlabelled = team.ranking()[1:]
+    team.coarse()
+    rows = team.project.store.read_json(team.project.key("ranking.json"))
+    assert all(row["parts"]["magnitude"] > 0 for row in rows), "coarse labels of one image reach the whole pool"
+    assert [t for t in team.ranking() if t in unlabelled] != unlabelled
+
+
+def test_one_and_three_people_get_the_ranking_exactly(
+    make_backend: Callable[..., Backend],
+    make_user: Callable[[str], LabelStudio],
+    pictures: dict[Path, NDArray[np.uint8]],
+) -> None:
+    backend = make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_RETRAIN_EVERY="99", FIRSTROW_STRATEGY="random")
+    team = Team(backend, pictures)
+    team.attach()
+    ranking = team.ranking()
+    assert sorted(ranking) == sorted(team.masks)
+    assert ranking != sorted(ranking)
+    backend.stack.close()  # the order of one round, without the next ones
+    people = [make_user(name) for name in ("anna", "ben", "chi")]
+    served = []
+    chance = random.Random(0)
+    for person in chance.choices(people, k=len(ranking)):
+        task = person.next_task(team.id)
+        assert task is not None
+        served.append(task["id"])
+        person.create_annotation(task["id"], team.annotator().full_result(task["id"]))
+    assert served == ranking
+
+
+def test_people_at_work_at_once_hold_distinct_tasks_of_the_head(
+    make_backend: Callable[..., Backend],
+    make_user: Callable[[str], LabelStudio],
+    pictures: dict[Path, NDArray[np.uint8]],
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team.attach()
+    held = [make_user(name).next_task(team.id) for name in ("anna", "ben", "chi")]
+    assert [task["id"] for task in held if task] == team.ranking()[:3]
+
+
+def test_a_coarse_task_returns_to_the_person_who_labelled_it(
+    make_backend: Callable[..., Backend],
+    make_user: Callable[[str], LabelStudio],
+    pictures: dict[Path, NDArray[np.uint8]],
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    first = team.attach()
+    anna = make_user("anna")
+    work = team.annotator(anna).label_next()
+    assert work is not None
+    assert work.ask == "coarse"
+    team.wait(first)
+    assert stages(team)[work.task] == "returned"
+    for _ in team.masks:
+        task = anna.next_task(team.id)
+        assert task is not None
+        if task["id"] == work.task:
+            break
+        anna.create_annotation(task["id"], team.annotator().full_result(task["id"]))
+    assert task["id"] == work.task
+
+
+def test_a_death_between_copy_and_delete_loses_nothing(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    from backend.connection import signed
+
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    first = team.attach()
+    work = team.annotator().label_next()
+    assert work is not None
+    team.wait(first)
+    annotation = team.studio.task(work.task, team.id)["annotations"][0]
+    team.studio.create_prediction(
+        work.task, signed(annotation["result"], int(annotation["completed_by"])), COARSE_COPY
+    )  # as if a publish had died here
+    second = team.annotator().label_next()
+    assert second is not None
+    team.wait(team.backend.round(team.id))
+    task = team.studio.task(work.task, team.id)
+    copies = [p for p in task["predictions"] if p["model_version"] == COARSE_COPY]
+    assert task["annotations"] == []
+    assert len(copies) == 1, "taken up where it stopped, not copied twice"
+    assert len(copies[0]["result"]) == len(annotation["result"])
+
+
+def test_what_happened_while_we_were_down_is_made_good(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    backend = make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_RECONCILE_SECONDS="1")
+    team = Team(backend, pictures)
+    before = team.attach()
+    backend.stack.close()
+    done, gone = team.ranking()[:2]
+    team.segment(done)
+    team.studio.http.call("DELETE", f"/api/tasks/{gone}/")
+    (added,) = team.studio.upload(team.id, [next(iter(pictures))])
+    backend.stack.enter_context(start_serve(backend.folder, backend.environment))
+    backend.stack.enter_context(start_worker(backend.folder, backend.environment))
+    team.wait(before)
+    assert stages(team)[done] == "full"
+    assert gone not in stages(team)
+    assert added in team.ranking()
+    assert done not in team.ranking()
+
+
+def test_everything_is_rebuilt_from_label_studio(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    backend = make_backend(FIRSTROW_COARSE_TASKS="1")
+    team = Team(backend, pictures)
+    team.attach()
+    team.coarse()
+    team.segment(team.ranking()[0])
+    before = team.wait(backend.round(team.id))
+    was, votes = stages(team), team.project.decided().tolist()
+    backend.context.store.delete_prefix(f"projects/{team.id}")
+    backend.context.board.forget(team.id)
+    backend.context.board.request_round(team.id, "the store was lost")
+    after = team.wait(before)
+    assert after > before, "rounds go on counting"
+    assert stages(team) == was
+    assert team.project.decided().tolist() == votes
+
+
+@pytest.mark.parametrize("tag", ["BrushLabels", "BitmaskLabels", "PolygonLabels"])
+def test_masks_make_the_way_to_label_studio_and_back(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tag: str
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_IMAGE_SIZE="160"), pictures, tag)
+    before = team.attach()
+    task = team.ranking()[0]
+    team.segment(task)
+    team.wait(before)
+    stored = team.project.store.read_map(team.project.label_key(task))
+    assert stored is not None
+    names = team.config.classes.fine
+    truth = team.masks[task]
+    same = np.array([names[c] for c in stored.ravel()]) == np.array(["soil", "crop", "weed"])[truth.ravel()]
+    assert same.mean() == 1 if tag != "PolygonLabels" else same.mean() > 0.99
+    served = prelabel(team.studio.next_task(team.id) or {})
+    assert {region["type"] for region in served} == {tag.lower()}
+
+
+def test_one_bad_task_does_not_harm_the_others(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a picture")
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    (unreadable,) = team.studio.upload(team.id, [broken])
+    (elsewhere,) = team.studio.import_tasks(team.id, [{"picture": "http://192.0.2.1/picture.jpg"}])
+    sized = next(iter(team.masks))
+    wrong = fine_regions(np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8), None, team.config, (10, 10))
+    team.studio.create_annotation(sized, wrong)
+    team.attach()
+    errors = {record.id: record.error for record in team.project.index().values() if record.error}
+    assert set(errors) == {unreadable, elsewhere, sized}
+    assert "10x10" in errors[sized]
+    assert "160x120" in errors[sized]
+    assert "192.0.2.1" in errors[elsewhere]
+    assert team.ranking()[-2:] == [unreadable, elsewhere], "they keep a place, so that nobody is left without a task"
+    good = [task for task in team.masks if task != sized]
+    assert sorted(team.ranking()[:-2]) == sorted(good)
+    work = team.annotator().label_next()
+    assert work is not None
+    assert work.task == team.ranking()[0]
+
+
+def test_a_person_without_our_order_is_told(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    backend = make_backend()
+    studio = backend.context.studio
+    project = int(studio.create_project("texts", '<View><Text name="t" value="$t"/></View>')["id"])
+    backend.context.board.request_round(project, "somebody connected it")
+    board = backend.context.board
+    while board.busy(project):
+        pass
+    error = board.error(project)
+    assert error is not None
+    assert "Image" in error["message"]
+
+
+def test_another_backend_first_prelabels_travel_with_the_ranking(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    helper = make_backend(worker=False)
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.studio.connect_ml(
+        project=team.id, url=helper.environment["FIRSTROW_URL"], title="sam-helper", is_interactive=True
+    )
+    team.attach()
+    served = team.studio.next_task(team.id)
+    assert served is not None
+    assert served["id"] == team.ranking()[0]
+    assert {region["from_name"] for region in prelabel(served)} == {"coarse"}
+
+
+def test_clusters_of_each_image_by_itself(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_CLUSTERS="image", FIRSTROW_COARSE_TASKS="1"), pictures)
+    first = team.attach()
+    work = team.annotator().label_next()
+    assert work is not None
+    assert work.ask == "coarse"
+    team.wait(first)
+    record = team.project.index()[work.task]
+    own = team.project.own_coarse(record)
+    assert own is not None
+    truth = cv2.resize(team.masks[work.task], own.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    assert ((own == 1) == (truth > 0)).mean() > 0.8
+
+
+def test_events_during_a_round_cause_the_next_and_none_is_dropped(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    for task in team.ranking()[:4]:
+        team.segment(task)
+    team.wait(before)
+    assert sum(stage == "full" for stage in stages(team).values()) == 4
+    trained = team.project.store.read_json(team.project.key("model.json"))["trained"]
+    assert len(trained) == 4
+    assert team.backend.round(team.id) - before <= 4
+
+
+def test_a_changed_annotation_is_learnt_again(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    task = team.ranking()[0]
+    team.segment(task)
+    one = team.wait(before)
+    first = team.project.store.read_json(team.project.key("model.json"))
+    annotation = team.studio.task(task, team.id)["annotations"][0]
+    whole = fine_regions(np.ones((120, 160), np.uint8), np.zeros((120, 160), np.uint8), None, team.config, (160, 120))
+    team.studio.update_annotation(annotation["id"], whole)
+    team.wait(one)
+    second = team.project.store.read_json(team.project.key("model.json"))
+    assert first["trained"][str(task)] != second["trained"][str(task)]
+    stored = team.project.store.read_map(team.project.label_key(task))
+    assert stored is not None
+    assert (stored == 1).all()
+
+
+def test_two_rounds_on_real_images(make_backend: Callable[..., Backend], data_folder: Path) -> None:
+    images = Folder(data_folder / "peanut")
+    names = images.names("train")[:24]
+    pictures = {images.file(name): images.mask(name, 1 << 16) for name in names}
+    backend = make_backend(FIRSTROW_COARSE_TASKS="2", FIRSTROW_IMAGE_SIZE="192", FIRSTROW_TRAIN_STEPS="20")
+    team = Team(backend, pictures)
+    team.attach()
+    team.coarse()
+    for _ in range(2):
+        before, ranking = backend.round(team.id), team.ranking()
+        work = team.annotator().label_next()
+        assert work is not None
+        assert work.task == ranking[0]
+        team.wait(before)
+        assert team.ranking() != ranking[1:], "the new network ranks anew"
+    curve = team.project.store.read_json(team.project.key("curve.json"))
+    assert len(curve) == 1
+    table = np.array(curve[0]["confusion"])
+    assert table.sum() == images.mask(names[0], 192).size
+    assert np.diag(table).sum() / table.sum() > 0.5
+
+
+def test_bitmask_prelabels_are_pictures_that_label_studio_shows(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures, "BitmaskLabels")
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    team.wait(before)
+    regions: list[dict[str, Any]] = prelabel(team.studio.next_task(team.id) or {})
+    data = base64.b64decode(regions[0]["value"]["imageDataURL"].partition(",")[2])
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (120, 160, 4)
+    control = team.config.fine
+    assert (to_mask(regions[:1], control, (160, 120), control.labels) != 255).any()
