@@ -254,6 +254,8 @@ def said_groups(control: Element) -> dict[str, list[str]] | None:
 
 def check_coarse(control: Control, classes: Classes) -> None:
     """Refuse a coarse control that lacks a coarse class: its regions could not be shown."""
+    if control.tag == "PolygonLabels":
+        raise ConfigError(f"{control.name!r} is for clusters, which polygons cannot hold: make it BrushLabels")
     missing = [name for name in classes.coarse if name not in control.labels]
     if missing:
         raise ConfigError(

@@ -1,0 +1,159 @@
+"""Any team's label config is understood, or refused with a sentence; our control comes and goes without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from label_studio_sdk.label_interface.interface import LabelInterface
+
+from backend.errors import ConfigError
+from backend.label_config import Control, parse, with_coarse, without_coarse
+from model.classes import Classes
+
+TEAM = """<View>
+  <!-- grüße: the team's own words stay -->
+  <Image name="picture" value="$photo"/>
+  <BrushLabels name="seg" toName="picture">
+    <Label value="Crop" hotkey="4"/><Label value="Weed"/><Label value="Soil"/>
+  </BrushLabels>
+</View>"""
+#: No label means background.
+PLANTS = TEAM.replace('<Label value="Soil"/>', "")
+OWN_COARSE = '<BrushLabels name="coarse" toName="picture">{}</BrushLabels></View>'
+
+
+def test_names_come_from_the_config() -> None:
+    config = parse(TEAM)
+    assert (config.image_name, config.image_key) == ("picture", "photo")
+    assert config.fine == Control("seg", "BrushLabels", "picture", ("Crop", "Weed", "Soil"))
+    assert config.coarse is None
+
+
+def test_a_label_for_background_stands_against_the_rest() -> None:
+    config = parse(TEAM)
+    assert config.background == "Soil"
+    assert config.classes == Classes(("Crop", "Weed", "Soil"), ("Background", "Foreground"), ((2,), (0, 1)))
+
+
+def test_without_one_pixels_without_a_region_are_class_0() -> None:
+    config = parse(PLANTS)
+    assert config.background == ""
+    assert config.fine.labels == ("Crop", "Weed")
+    assert config.classes == Classes(("background", "Crop", "Weed"), ("Background", "Foreground"), ((0,), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("xml", "groups", "expected"),
+    [
+        (TEAM, {"Plant": ["Weed", "Crop"], "Earth": ["Soil"]}, {"Earth": [2], "Plant": [0, 1]}),
+        (PLANTS, {"C": ["Crop"], "W": ["Weed"]}, {"Background": [0], "C": [1], "W": [2]}),
+        (PLANTS, {"C": ["Crop"], "Rest": ["background", "Weed"]}, {"Rest": [0, 2], "C": [1]}),
+        (PLANTS, {"C": ["Crop"], "background": []}, {"background": [0, 2], "C": [1]}),
+    ],
+)
+def test_groups_by_argument(xml: str, groups: dict[str, list[str]], expected: dict[str, list[int]]) -> None:
+    classes = parse(xml, groups).classes
+    assert dict(zip(classes.coarse, map(list, classes.groups), strict=True)) == expected
+    assert list(classes.coarse) == list(expected)
+
+
+def test_a_group_called_background_names_the_label_for_it() -> None:
+    config = parse(PLANTS, {"Thing": ["Weed"], "Background": ["Crop"]})
+    assert config.background == "Crop"
+    assert config.classes.coarse == ("Background", "Thing")
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({"A": ["Crops", "Weed"], "B": ["Soil"]}, "did you mean 'Crop'"),
+        ({"A": ["Crop"], "B": ["Soil"]}, "'Weed' is in no group"),
+        ({"A": ["Crop", "Weed"], "B": ["Soil", "Weed"]}, "'Weed' is in more than one place"),
+        ({"Mixed": ["Crop", "Weed"], "B": ["Soil"]}, "cannot be the name of a group"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups: dict[str, list[str]], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse(TEAM, groups)
+
+
+@pytest.mark.parametrize(
+    ("xml", "sentence"),
+    [
+        ("", "not valid XML"),
+        ("<View>", "not valid XML"),
+        ("<View/>", "no control for masks"),
+        ('<!DOCTYPE a [<!ENTITY b "bb">]><View>&b;</View>', "DOCTYPE"),
+        (TEAM.replace("Image", "Text"), "no <Image> named 'picture'"),
+        (TEAM.replace("$photo", "photo"), "it must be"),
+        (TEAM.replace("Crop", "Weed"), "not distinct"),
+        (TEAM.replace("</View>", '<PolygonLabels name="p" toName="picture"/></View>'), "several controls"),
+        (TEAM.replace("</View>", OWN_COARSE.format('<Label value="A"/>')), "has no label Background"),
+        (
+            TEAM.replace("</View>", OWN_COARSE.replace("Brush", "Polygon").format('<Label value="A"/>')),
+            "polygons cannot hold",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_said(xml: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse(xml)
+
+
+@pytest.mark.parametrize("xml", [TEAM, PLANTS, TEAM.replace("\n", "").replace("  ", ""), TEAM.replace("/>", " />")])
+@pytest.mark.parametrize("groups", [None, {"Ä & <B>": ["Crop"], "W": ["Weed"]}])
+def test_our_control_comes_and_goes_without_a_trace(xml: str, groups: dict[str, list[str]] | None) -> None:
+    if groups and "Soil" in xml:
+        groups = {**groups, "S": ["Soil"]}
+    before = parse(xml, groups)
+    after = with_coarse(xml, before.classes)
+    config = parse(after)  # the groups are read from it
+    assert config.classes == before.classes
+    assert config.coarse == Control("coarse", "BrushLabels", "picture", (*before.classes.coarse, "Mixed"))
+    assert config.fine == before.fine
+    assert with_coarse(after, before.classes) == after
+    assert without_coarse(after) == xml
+    LabelInterface(after).validate()  # type: ignore[no-untyped-call]
+
+
+def test_a_renamed_label_keeps_working_with_default_groups() -> None:
+    after = with_coarse(TEAM, parse(TEAM).classes).replace('value="Weed"', 'value="Thistle"')
+    assert parse(after).classes.fine == ("Crop", "Thistle", "Soil")
+
+
+def test_keys_and_colours_are_nobody_elses() -> None:
+    tree = ElementTree.fromstring(with_coarse(TEAM, parse(TEAM).classes))  # noqa: S314 ours
+    labels = tree.findall(".//*[@name='coarse']/Label")
+    # 4 is Crop's; Label Studio gives 1 and 2 to Weed and Soil
+    assert [label.get("hotkey") for label in labels] == ["3", "5", "6"]
+    assert len({label.get("background") for label in labels}) == 3
+
+
+def test_many_coarse_labels_get_keys_as_long_as_there_are_some() -> None:
+    labels = "".join(f'<Label value="l{n}"/>' for n in range(40))
+    xml = TEAM.replace('<Label value="Soil"/>', labels)
+    after = with_coarse(xml, parse(xml, {"A": ["Crop"], "B": ["Weed", *(f"l{n}" for n in range(40))]}).classes)
+    tree = ElementTree.fromstring(after)  # noqa: S314 ours
+    assert {label.get("hotkey") for label in tree.findall(".//*[@name='coarse']/Label")} == {None}
+
+
+def test_the_teams_own_control_called_coarse_is_left_alone() -> None:
+    xml = TEAM.replace('name="seg"', 'name="coarse"')
+    config = parse(xml)
+    assert (config.fine.name, config.coarse) == ("coarse", None)
+    after = parse(with_coarse(xml, config.classes))
+    assert after.coarse is not None
+    assert (after.fine.name, after.coarse.name) == ("coarse", "firstrow_coarse")
+
+
+def test_the_shipped_config_is_understood() -> None:
+    config = parse((Path(__file__).parents[1] / "label_config.xml").read_text())
+    assert config.classes == Classes(("soil", "crop", "weed"), ("Background", "Vegetation"), ((0,), (1, 2)))
+    assert config.coarse is not None
+    assert config.coarse.labels[-1] == "Mixed"
+
+
+def test_aliases_are_what_results_hold() -> None:
+    assert parse(TEAM.replace('value="Weed"', 'value="Weed plant" alias="Weed"')).fine.labels[1] == "Weed"
