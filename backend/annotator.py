@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from backend.label_config import ProjectConfig
-from backend.regions import UNLABELLED, fine_regions, to_mask
 from numpy.typing import NDArray
 
+from backend.label_config import ProjectConfig
 from backend.labelstudio import LabelStudio
+from backend.regions import UNLABELLED, fine_regions, to_mask
 from model.classes import IGNORE
 
 
@@ -80,7 +80,7 @@ class Annotator:
             return region
         coarse = np.bincount(np.asarray(self.config.classes.coarse_of())[fine]).argmax()
         label = self.config.classes.coarse[coarse]
-        return {**region, "value": {**region["value"], "brushlabels": [label]}}
+        return {**region, "value": {**region["value"], control.tag.lower(): [label]}}
 
     def full_result(self, task: int) -> list[dict[str, Any]]:
         """The regions of the hidden mask."""

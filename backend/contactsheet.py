@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backend.label_config import ProjectConfig
 from numpy.typing import NDArray
 
 from backend.context import Context
+from backend.label_config import ProjectConfig
 from backend.learn import device, network_key, scorer
 from backend.prepare import clusters_name, target_of
 from backend.project import Project, TaskRecord

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-from backend.label_config import ProjectConfig, parse
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +25,7 @@ from backend.contactsheet import contact_sheet
 from backend.context import Context, connect
 from backend.embedded import Services, start_services
 from backend.errors import FirstRowError, JobError
+from backend.label_config import ProjectConfig, parse
 from backend.learn import is_trained, load_network, network_key
 from backend.project import Project
 from backend.settings import Settings

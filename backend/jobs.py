@@ -61,9 +61,10 @@ def start_round(ctx: Context, project: Project) -> None:
     after = []
     if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
         after = [ctx.board.enqueue("fit_codebook", project.id)]
-    todo = sorted(read | {r.id for r in index.values() if r.stage != "full" and not ready(ctx, project, r)})
+    again = {r.id for r in index.values() if r.error} if forced else set()
+    todo = sorted(read | again | {r.id for r in index.values() if r.in_pool and not ready(ctx, project, r)})
     shards = [
-        ctx.board.enqueue("prepare", project.id, number, n, ids, sorted(read & set(ids)), after=after)
+        ctx.board.enqueue("prepare", project.id, number, n, ids, sorted((read | again) & set(ids)), after=after)
         for n, ids in enumerate(split(todo, PREPARE_SHARD))
     ]
     ctx.board.enqueue("plan_round", project.id, number, forced, after=[*after, *shards])

@@ -255,7 +255,7 @@ class LabelStudio:
         return sorted(rows, key=lambda row: int(row["id"]))
 
     def connect_ml(self, **fields: object) -> Row:
-        """Connect an ML backend (`project`, `url`, `title`, ...); Label Studio calls its `/health` and `/setup` at once."""
+        """Connect an ML backend (`project`, `url`, `title`, ...); Label Studio asks its `/health` and `/setup`."""
         return dict(self.http.call("POST", "/api/ml/", body=fields))
 
     def patch_ml(self, backend: int, **fields: object) -> Row:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from backend.label_config import ProjectConfig
 from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import FirstRowError, JobError
+from backend.errors import ImageFetchError, JobError
+from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import Classes
@@ -254,7 +254,7 @@ def inputs(
     for record in records:
         try:
             image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
-        except FirstRowError as error:
+        except ImageFetchError as error:
             log.warning("project %d, task %d is not scored: %s", project.id, record.id, error)
             continue
         mask = project.store.read_map(project.label_key(record.id)) if record.labelled else None

@@ -9,12 +9,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from backend.label_config import ProjectConfig
-from backend.regions import coarse_regions, fine_regions
 from numpy.typing import NDArray
 
 from backend.errors import FirstRowError
+from backend.label_config import ProjectConfig
 from backend.project import Index, Project, TaskRecord, known
+from backend.regions import coarse_regions, fine_regions
 from backend.store import Store
 from model.classes import IGNORE, UNKNOWN
 

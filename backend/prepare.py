@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from backend.label_config import ProjectConfig
 from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import FirstRowError
+from backend.errors import ImageFetchError, MaskError
+from backend.label_config import ProjectConfig
 from backend.project import Index, Project, TaskRecord, labelled, with_error
 from backend.sync import read_task
 from model.classes import UNKNOWN
@@ -50,7 +50,7 @@ def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
         record = index[int(task)]
         try:
             image, _ = images.get(project.id, record.id, record.image)
-        except FirstRowError:
+        except ImageFetchError:
             continue  # said in the task's record when its cluster map is made
         samples.append(sample_pixels(image, SAMPLE_PIXELS, rng))
         progress(done + 1, len(ids))
@@ -77,7 +77,7 @@ def prepare_task(
         return record
     try:
         return cluster_task(ctx, project, record, clusters)
-    except FirstRowError as error:
+    except (ImageFetchError, MaskError) as error:
         log.warning("project %d, task %d: %s", project.id, record.id, error)
         return with_error(record, error)
 

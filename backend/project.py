@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from backend.label_config import ProjectConfig, parse
 from numpy.typing import NDArray
 
+from backend.label_config import ProjectConfig, parse
 from backend.store import Store
 from model.classes import MIXED, UNKNOWN
 from model.clusters import DEFAULT_K, Codebook

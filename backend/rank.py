@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from backend.label_config import ProjectConfig
 from numpy.typing import NDArray
 
 from backend.context import Context
+from backend.label_config import ProjectConfig
 from backend.learn import COLUMNS, Scores, is_trained, network_key, read_scores
 from backend.prepare import clusters_name, histograms
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool

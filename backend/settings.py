@@ -20,6 +20,28 @@ from backend.store import Store
 OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
 #: Where the generated secret lies in the store.
 SECRET_KEY = "secret"  # noqa: S105  (its name)
+#: Names, so that reading settings loads neither torch nor scikit-learn; tests hold them to the real ones.
+NETWORKS = (
+    "lraspp_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "lraspp_efficientnet_lite0",
+)
+STRATEGIES = (
+    "first-row",
+    "coarse-egl",
+    "egl",
+    "gradient-magnitude",
+    "magnitude-range",
+    "direction-range",
+    "entropy",
+    "coverage",
+    "foreground-random",
+    "random",
+)
 HTTP = re.compile(r"^https?://[^/\s]+")
 
 
@@ -83,7 +105,7 @@ class Settings(BaseSettings):
     @field_validator("network", "strategy")
     @classmethod
     def _is_known(cls, value: str, info: Any) -> str:
-        known = _known(info.field_name)
+        known = NETWORKS if info.field_name == "network" else STRATEGIES
         if value not in known:
             raise ValueError(f"must be one of {', '.join(known)}")
         return value
@@ -122,17 +144,6 @@ def stored_secret(store: Store) -> str:
         store.write(SECRET_KEY, secrets.token_urlsafe(32).encode(), private=True)
         found = store.read(SECRET_KEY) or b""
     return found.decode()
-
-
-def _known(field: str) -> list[str]:
-    """Names are looked up late: reading settings must not load torch where no name is set."""
-    if field == "network":
-        from model.network import NETWORKS
-
-        return list(NETWORKS)
-    from model.strategies import STRATEGIES
-
-    return list(STRATEGIES)
 
 
 def _is_typo(name: str, names: set[str]) -> bool:

@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from backend.label_config import Control, ProjectConfig
-from backend.regions import UNLABELLED, to_mask
 from numpy.typing import NDArray
 
 from backend.connection import recorded
 from backend.context import Context
-from backend.errors import FirstRowError, LabelStudioError, MaskError
+from backend.errors import ImageFetchError, LabelStudioError, MaskError
+from backend.label_config import Control, ProjectConfig
 from backend.project import (
     COARSE_COPY,
     Index,
@@ -24,6 +23,7 @@ from backend.project import (
     deleted_tasks,
     with_error,
 )
+from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
     read: set[int] = set()
     for row in ctx.studio.tasks(project.id):
         old = index.get(row["id"])
-        fresh[row["id"]] = old or TaskRecord(row["id"], image_value(row, config))
+        fresh[row["id"]] = old or TaskRecord(row["id"], image_value(row, config), row.get("updated_at", ""))
         if differs(row, old) or row["id"] in copies:
             read.add(row["id"])
     return fresh, read
@@ -79,7 +79,7 @@ def differs(row: Mapping[str, Any], old: TaskRecord | None) -> bool:
         return annotations > 0
     if annotations != int(old.stage in ("coarse", "full")):
         return True
-    return annotations > 0 and row.get("updated_at", "") != old.updated_at
+    return bool(annotations > 0 or old.error) and row.get("updated_at", "") != old.updated_at
 
 
 def image_value(row: Mapping[str, Any], config: ProjectConfig) -> str:
@@ -107,7 +107,7 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
     record = replace(record, **vars_of_labels(task, config))
     try:
         return read_masks(ctx, project, config, record, task)
-    except FirstRowError as error:
+    except (ImageFetchError, MaskError) as error:
         log.warning("project %d, task %d: %s", project.id, record.id, error)
         return with_error(record, error)
 

@@ -46,7 +46,7 @@ class Recipe:
     steps: int = 100
     batch: int = 4
     view: int = 320
-    head_rate: float = 3e-3
+    head_rate: float = 5e-3
     backbone_rate: float = 3e-4
     weak_share: float = 0.25
     seed: int = 0

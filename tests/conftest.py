@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import redis
 import requests
 from numpy.typing import NDArray
 
@@ -87,40 +87,64 @@ class Backend:
         return int(self.context.board.state(project).get("round", 0))
 
 
+class Backends:
+    """Starts backends, each with a Redis database, a store and a web process of its own."""
+
+    def __init__(self, studio: Studio, redis_url: str, folder: Path, stack: ExitStack) -> None:
+        self.studio, self.redis_url, self.folder, self.stack = studio, redis_url, folder, stack
+        self.shared: dict[tuple[tuple[str, str], ...], Backend] = {}
+
+    def start(self, worker: bool = True, **settings: str) -> Backend:
+        """A backend with these settings."""
+        port = free_port()
+        folder = self.folder / f"backend-{port}"
+        folder.mkdir()
+        environment = {
+            **QUICK,
+            "REDIS_URL": f"{self.redis_url}/{next(DATABASES)}",
+            "LABEL_STUDIO_URL": self.studio.url,
+            "LABEL_STUDIO_API_KEY": self.studio.token,
+            "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
+            "FIRSTROW_PORT": str(port),
+            "FIRSTROW_STORE": str(folder / "store"),
+            "FIRSTROW_CACHE": str(folder / "cache"),
+            **settings,
+        }
+        inner = self.stack.enter_context(ExitStack())
+        inner.enter_context(start_serve(folder, environment))
+        if worker:
+            inner.enter_context(start_worker(folder, environment))
+        return Backend(connect(Settings.read(environment)), environment, folder, inner)
+
+    def share(self, **settings: str) -> Backend:
+        """The backend with these settings that all tests share: loading torch takes longer than most of them."""
+        key = tuple(sorted(settings.items()))
+        if key not in self.shared:
+            self.shared[key] = self.start(**settings)
+        return self.shared[key]
+
+
+DATABASES = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def backends(studio: Studio, redis_url: str, services_folder: Path) -> Iterator[Backends]:
+    """Backends that live as long as the run."""
+    with ExitStack() as stack:
+        yield Backends(studio, redis_url, services_folder, stack)
+
+
+@pytest.fixture
+def share_backend(backends: Backends) -> Callable[..., Backend]:
+    """A shared backend; keyword arguments are settings."""
+    return backends.share
+
+
 @pytest.fixture
 def make_backend(studio: Studio, redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Backend]]:
-    """Start a backend; keyword arguments are settings."""
+    """Start a backend of a test's own; keyword arguments are settings."""
     with ExitStack() as stack:
-
-        def make(worker: bool = True, **settings: str) -> Backend:
-            port, folder = free_port(), tmp_path / f"backend-{free_port()}"
-            folder.mkdir()
-            environment = {
-                **QUICK,
-                "REDIS_URL": redis_url,
-                "LABEL_STUDIO_URL": studio.url,
-                "LABEL_STUDIO_API_KEY": studio.token,
-                "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
-                "FIRSTROW_PORT": str(port),
-                "FIRSTROW_STORE": str(folder / "store"),
-                "FIRSTROW_CACHE": str(folder / "cache"),
-                **settings,
-            }
-            with redis.Redis.from_url(redis_url) as client:
-                client.flushall()
-            inner = stack.enter_context(ExitStack())
-            inner.enter_context(start_serve(folder, environment))
-            if worker:
-                inner.enter_context(start_worker(folder, environment))
-            return Backend(connect(Settings.read(environment)), environment, folder, inner)
-
-        yield make
-
-
-@pytest.fixture
-def backend(make_backend: Callable[..., Backend]) -> Backend:
-    """A backend with quick settings."""
-    return make_backend()
+        yield Backends(studio, redis_url, tmp_path, stack).start
 
 
 @pytest.fixture(scope="session")

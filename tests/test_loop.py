@@ -77,9 +77,9 @@ def stages(team: Team) -> dict[int, str]:
 
 
 def test_the_loop_from_clusters_to_a_new_order(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
     team.attach()
     served = team.studio.next_task(team.id)
     assert served is not None
@@ -119,9 +119,9 @@ def test_the_loop_from_clusters_to_a_new_order(
 
 
 def test_coarse_labels_change_the_ranking(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    backend = make_backend(FIRSTROW_COARSE_TASKS="1", FIRSTROW_STRATEGY="gradient-magnitude")
+    backend = share_backend(FIRSTROW_COARSE_TASKS="1", FIRSTROW_STRATEGY="gradient-magnitude")
     team = Team(backend, pictures)
     team.attach()
     unlabelled = team.ranking()[1:]
@@ -155,22 +155,22 @@ def test_one_and_three_people_get_the_ranking_exactly(
 
 
 def test_people_at_work_at_once_hold_distinct_tasks_of_the_head(
-    make_backend: Callable[..., Backend],
+    share_backend: Callable[..., Backend],
     make_user: Callable[[str], LabelStudio],
     pictures: dict[Path, NDArray[np.uint8]],
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     team.attach()
     held = [make_user(name).next_task(team.id) for name in ("anna", "ben", "chi")]
     assert [task["id"] for task in held if task] == team.ranking()[:3]
 
 
 def test_a_coarse_task_returns_to_the_person_who_labelled_it(
-    make_backend: Callable[..., Backend],
+    share_backend: Callable[..., Backend],
     make_user: Callable[[str], LabelStudio],
     pictures: dict[Path, NDArray[np.uint8]],
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     first = team.attach()
     anna = make_user("anna")
     work = team.annotator(anna).label_next()
@@ -188,11 +188,11 @@ def test_a_coarse_task_returns_to_the_person_who_labelled_it(
 
 
 def test_a_death_between_copy_and_delete_loses_nothing(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
     from backend.connection import signed
 
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
     first = team.attach()
     work = team.annotator().label_next()
     assert work is not None
@@ -252,9 +252,9 @@ def test_everything_is_rebuilt_from_label_studio(
 
 @pytest.mark.parametrize("tag", ["BrushLabels", "BitmaskLabels", "PolygonLabels"])
 def test_masks_make_the_way_to_label_studio_and_back(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tag: str
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tag: str
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_IMAGE_SIZE="160"), pictures, tag)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_IMAGE_SIZE="160"), pictures, tag)
     before = team.attach()
     task = team.ranking()[0]
     team.segment(task)
@@ -270,11 +270,11 @@ def test_masks_make_the_way_to_label_studio_and_back(
 
 
 def test_one_bad_task_does_not_harm_the_others(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tmp_path: Path
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not a picture")
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     (unreadable,) = team.studio.upload(team.id, [broken])
     (elsewhere,) = team.studio.import_tasks(team.id, [{"picture": "http://192.0.2.1/picture.jpg"}])
     sized = next(iter(team.masks))
@@ -295,9 +295,9 @@ def test_one_bad_task_does_not_harm_the_others(
 
 
 def test_a_person_without_our_order_is_told(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    backend = make_backend()
+    backend = share_backend()
     studio = backend.context.studio
     project = int(studio.create_project("texts", '<View><Text name="t" value="$t"/></View>')["id"])
     backend.context.board.request_round(project, "somebody connected it")
@@ -310,10 +310,10 @@ def test_a_person_without_our_order_is_told(
 
 
 def test_another_backend_first_prelabels_travel_with_the_ranking(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    make_backend: Callable[..., Backend], share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
     helper = make_backend(worker=False)
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.studio.connect_ml(
         project=team.id, url=helper.environment["FIRSTROW_URL"], title="sam-helper", is_interactive=True
     )
@@ -325,9 +325,9 @@ def test_another_backend_first_prelabels_travel_with_the_ranking(
 
 
 def test_clusters_of_each_image_by_itself(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    team = Team(make_backend(FIRSTROW_CLUSTERS="image", FIRSTROW_COARSE_TASKS="1"), pictures)
+    team = Team(share_backend(FIRSTROW_CLUSTERS="image", FIRSTROW_COARSE_TASKS="1"), pictures)
     first = team.attach()
     work = team.annotator().label_next()
     assert work is not None
@@ -341,9 +341,9 @@ def test_clusters_of_each_image_by_itself(
 
 
 def test_events_during_a_round_cause_the_next_and_none_is_dropped(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before = team.attach()
     for task in team.ranking()[:4]:
         team.segment(task)
@@ -355,9 +355,9 @@ def test_events_during_a_round_cause_the_next_and_none_is_dropped(
 
 
 def test_a_changed_annotation_is_learnt_again(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before = team.attach()
     task = team.ranking()[0]
     team.segment(task)
@@ -374,11 +374,11 @@ def test_a_changed_annotation_is_learnt_again(
     assert (stored == 1).all()
 
 
-def test_two_rounds_on_real_images(make_backend: Callable[..., Backend], data_folder: Path) -> None:
+def test_two_rounds_on_real_images(share_backend: Callable[..., Backend], data_folder: Path) -> None:
     images = Folder(data_folder / "peanut")
     names = images.names("train")[:24]
     pictures = {images.file(name): images.mask(name, 1 << 16) for name in names}
-    backend = make_backend(FIRSTROW_COARSE_TASKS="2", FIRSTROW_IMAGE_SIZE="192", FIRSTROW_TRAIN_STEPS="20")
+    backend = share_backend(FIRSTROW_COARSE_TASKS="2", FIRSTROW_IMAGE_SIZE="192", FIRSTROW_TRAIN_STEPS="20")
     team = Team(backend, pictures)
     team.attach()
     team.coarse()
@@ -397,9 +397,9 @@ def test_two_rounds_on_real_images(make_backend: Callable[..., Backend], data_fo
 
 
 def test_bitmask_prelabels_are_pictures_that_label_studio_shows(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures, "BitmaskLabels")
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures, "BitmaskLabels")
     before = team.attach()
     team.segment(team.ranking()[0])
     team.wait(before)
