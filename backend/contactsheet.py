@@ -50,10 +50,11 @@ def pictures(ctx: Context, project: Project, record: TaskRecord, config: Project
     network = scorer(ctx, project, key, config.classes).network
     seen = project.prediction(key, record.id)
     fine = palette(len(config.classes.fine))
+    coarse = np.array([fine[list(members)].mean(0) for members in config.classes.groups], np.uint8)
     return [
         image,
         paint(labels, palette(len(decided))),
-        paint(shown_rows(target, config), np.vstack([fine, palette(len(config.classes.coarse))[::-1]]), image),
+        paint(shown_rows(target, config), np.vstack([fine, coarse]), image),
         heat(gradient_map(network, image, target, config.classes, device()), image),
         image if seen is None else paint(seen[0], fine, image),
     ]

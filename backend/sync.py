@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.connection import recorded
+from backend.connection import note_of, our_backend
 from backend.context import Context
 from backend.errors import ImageFetchError, LabelStudioError, MaskError
 from backend.label_config import Control, ProjectConfig
@@ -37,7 +37,9 @@ Source = dict[str, Any] | None
 def refresh_config(ctx: Context, project: Project) -> ProjectConfig:
     """Read the label config, and what `attach` recorded, from Label Studio into the store."""
     seen = ctx.studio.project(project.id)
-    project.save_config(seen["label_config"], recorded(ctx.studio, project.id, ctx.settings))
+    ours = our_backend(ctx.studio, project.id, ctx.settings)
+    number = (ours or {}).get("title", "").rpartition("-")[2]
+    project.save_config(seen["label_config"], {**note_of(ours), "round": int(number) if number.isdigit() else 0})
     return project.config()
 
 

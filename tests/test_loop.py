@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from backend.annotator import Annotator, prelabel
 from backend.attach import apply, plan
+from backend.connection import signed
 from backend.embedded import start_serve, start_worker
 from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
@@ -190,8 +192,6 @@ def test_a_coarse_task_returns_to_the_person_who_labelled_it(
 def test_a_death_between_copy_and_delete_loses_nothing(
     share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    from backend.connection import signed
-
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
     first = team.attach()
     work = team.annotator().label_next()
@@ -302,8 +302,10 @@ def test_a_person_without_our_order_is_told(
     project = int(studio.create_project("texts", '<View><Text name="t" value="$t"/></View>')["id"])
     backend.context.board.request_round(project, "somebody connected it")
     board = backend.context.board
+    until = time.monotonic() + 60
     while board.busy(project):
-        pass
+        assert time.monotonic() < until
+        time.sleep(0.05)
     error = board.error(project)
     assert error is not None
     assert "Image" in error["message"]
