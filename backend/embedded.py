@@ -176,7 +176,7 @@ def studio_environment(data: Path, allow_private: bool = True) -> dict[str, str]
 def _template(folder: Path) -> Path:
     """A data folder of this Label Studio with all migrations and nobody in it; made once, under the version's name."""
     release = next(studio_folder().glob("lib/python*/site-packages/label_studio-*.dist-info"))
-    template = studio_folder() / f"template-{release.name.split('-')[1]}"
+    template = studio_folder() / f"template-{release.stem.split('-')[1]}"
     if not template.is_dir():
         with tempfile.TemporaryDirectory(dir=template.parent) as made:
             data, port = Path(made) / "data", free_port()
