@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from backend.errors import SettingsError
+from backend.errors import SettingsError, StoreError
 from backend.store import Store
 
 #: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
@@ -51,14 +52,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", validate_default=False)
 
     label_studio_url: str = Field("http://localhost:8080", alias="LABEL_STUDIO_URL")
-    label_studio_api_key: SecretStr = Field(SecretStr(""), alias="LABEL_STUDIO_API_KEY")
+    label_studio_api_key: SecretStr = Field(alias="LABEL_STUDIO_API_KEY")
     redis_url: str = Field("redis://localhost:6379", alias="REDIS_URL")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
     url: str = Field("http://localhost:9090", alias="FIRSTROW_URL")
     port: int = Field(9090, alias="FIRSTROW_PORT", ge=1, le=65535)
     store: str = Field("./firstrow-store", alias="FIRSTROW_STORE", min_length=1)
-    cache: Path = Field(Path.home() / ".cache" / "firstrow", alias="FIRSTROW_CACHE")
-    cache_gb: float = Field(2.0, alias="FIRSTROW_CACHE_GB", gt=0)
+    cache: Path = Field(Path("~/.cache/firstrow"), alias="FIRSTROW_CACHE", validate_default=True)
+    cache_gb: float = Field(2.0, alias="FIRSTROW_CACHE_GB", gt=0, allow_inf_nan=False)
     secret: SecretStr = Field(SecretStr(""), alias="FIRSTROW_SECRET")
     network: str = Field("lraspp_mobilenet_v3_large", alias="FIRSTROW_NETWORK")
     checkpoint: str = Field("", alias="FIRSTROW_CHECKPOINT")
@@ -87,6 +88,28 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(host.strip() for host in value.split(",") if host.strip()) if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("cache")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError("this user has no home folder: set another one") from error
+
+    @field_validator("store")
+    @classmethod
+    def _is_store(cls, value: str) -> str:
+        try:
+            Store(value)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("label_studio_url", "url")
     @classmethod
@@ -126,7 +149,7 @@ class Settings(BaseSettings):
         try:
             found = cls.model_validate({name: environ[name] for name in names if environ.get(name, "") != ""})
         except ValidationError as error:
-            faults += [f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+            faults += [_fault(str(fault["loc"][0]), fault) for fault in error.errors()]
         if faults:
             raise SettingsError("These settings are wrong:\n" + "\n".join(f"  {fault}" for fault in faults))
         return found
@@ -141,13 +164,23 @@ def stored_secret(store: Store) -> str:
     """The generated secret; made at the first call, readable by our user only where the store is a folder."""
     found = store.read(SECRET_KEY)
     if found is None:
-        store.write(SECRET_KEY, secrets.token_urlsafe(32).encode(), private=True)
-        found = store.read(SECRET_KEY) or b""
-    return found.decode()
+        store.create(SECRET_KEY, secrets.token_urlsafe(32).encode())  # another process may be quicker
+        found = store.read(SECRET_KEY)
+    if not found:
+        raise StoreError(f"{SECRET_KEY} in the store {store.url} is empty; delete it, or set FIRSTROW_SECRET")
+    return found.decode().strip()
 
 
 def _is_typo(name: str, names: set[str]) -> bool:
     return name.startswith("FIRSTROW_") and name not in names | OTHERS
+
+
+def _fault(name: str, found: ErrorDetails) -> str:
+    if found["type"] == "missing":
+        return f"{name}: must be set, to a personal access token from Label Studio's page Account & Settings"
+    default = next(field.get_default() for field in Settings.model_fields.values() if field.alias == name)
+    hint = f" (default: {default})" if isinstance(default, str | int | float | Path) and default != "" else ""
+    return f"{name}: {found['msg'].removeprefix('Value error, ')}{hint}"
 
 
 def _unknown(name: str, names: set[str]) -> str:

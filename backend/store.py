@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import cv2
 import fsspec
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 
 from backend.errors import StoreError
 
+#: End of the names of files that are being written.
+PART = ".part"
+
 
 class Store:
     """Bytes by key; keys look like `projects/7/clusters/ab12/31.png`.
@@ -27,11 +31,18 @@ class Store:
 
     Args:
         url: a folder, or an fsspec URL such as `s3://bucket/firstrow`.
+
+    Raises:
+        StoreError: there is no such kind of store, or its package is not installed; every method raises it when the
+            store does not answer, is full or read-only.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.files, root = fsspec.core.url_to_fs(str(url))
+        try:  # without a cache of listings: other processes write here too
+            self.files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except Exception as error:  # each kind has its own
+            raise StoreError(f"the store {url} cannot be opened: {error}") from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.files, LocalFileSystem)
 
@@ -42,64 +53,62 @@ class Store:
         return isinstance(other, Store) and other.url == self.url
 
     def read(self, key: str) -> bytes | None:
-        """The bytes under a key, None when there are none.
+        """The bytes under a key, None when there are none."""
+        with self._door("read", key) as path, suppress(FileNotFoundError, NotADirectoryError):
+            return bytes(self.files.cat_file(path))
+        return None
 
-        Raises:
-            StoreError: the store does not answer.
-        """
-        try:
-            return bytes(self.files.cat_file(self._path(key)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise StoreError(f"the store {self.url} cannot read {key}: {error}") from error
-
-    def write(self, key: str, data: bytes, private: bool = False) -> None:
-        """Replace what lies under a key.
-
-        Args:
-            key: where.
-            data: what.
-            private: readable by our own user only, where the store is a folder.
-
-        Raises:
-            StoreError: the store is full, read-only or does not answer.
-        """
-        try:
+    def write(self, key: str, data: bytes) -> None:
+        """Replace what lies under a key."""
+        with self._door("write", key) as path:
             if self.local:
-                _write_file(Path(self._path(key)), data, 0o600 if private else 0o644)
+                _write_file(Path(path), data, os.replace)
             else:
-                self.files.pipe_file(self._path(key), data)
-        except OSError as error:
-            raise StoreError(f"the store {self.url} cannot write {key}: {error}") from error
+                self.files.pipe_file(path, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write under a key where there is nothing yet; readable by our own user only where the store is a folder.
+
+        Returns:
+            False when there was something: it stays. Of several callers at once, one gets True.
+        """
+        with self._door("write", key) as path, suppress(FileExistsError):
+            if self.local:
+                _write_file(Path(path), data, os.link, mode=0o600)
+            else:
+                self.files.pipe_file(path, data, mode="create")
+            return True
+        return False
 
     def exists(self, key: str) -> bool:
         """Whether there is something under a key."""
-        return bool(self.files.exists(self._path(key)))
+        with self._door("read", key) as path:
+            return bool(self.files.exists(path))
 
     def delete(self, key: str) -> None:
         """Remove a key; fine if it is gone."""
-        with suppress(FileNotFoundError):
-            self.files.rm_file(self._path(key))
+        with self._door("delete", key) as path, suppress(FileNotFoundError):
+            self.files.rm_file(path)
 
     def list(self, prefix: str) -> list[str]:
         """All keys below a folder, sorted."""
-        self.files.invalidate_cache()
-        try:
-            found = self.files.find(self._path(prefix))
-        except FileNotFoundError:
-            return []
-        return sorted(str(path).removeprefix(self.root + "/") for path in found if not _is_temporary(str(path)))
+        with self._door("list", prefix) as path, suppress(FileNotFoundError):
+            found = [str(file).removeprefix(self.root + "/") for file in self.files.find(path)]
+            return sorted(key for key in found if not key.endswith(PART))
+        return []
 
     def delete_prefix(self, prefix: str) -> None:
         """Remove all keys below a folder; fine if there are none."""
-        with suppress(FileNotFoundError):
-            self.files.rm(self._path(prefix), recursive=True)
+        with self._door("delete", prefix) as path, suppress(FileNotFoundError):
+            self.files.rm(path, recursive=True)
 
     def read_json(self, key: str) -> Any:
         """The value under a key, None when there is none."""
         data = self.read(key)
-        return None if data is None else orjson.loads(data)
+        try:
+            return None if data is None else orjson.loads(data)
+        except ValueError as error:
+            raise self._damaged(key) from error
 
     def write_json(self, key: str, value: Any) -> None:
         """Keep a value; numpy numbers and arrays are fine, NaN becomes null."""
@@ -110,8 +119,11 @@ class Store:
         data = self.read(key)
         if data is None:
             return None
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return dict(file)
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                return dict(file)
+        except (ValueError, EOFError, OSError, BadZipFile) as error:
+            raise self._damaged(key) from error
 
     def write_arrays(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep named arrays."""
@@ -124,33 +136,37 @@ class Store:
         data = self.read(key)
         if data is None:
             return None
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
         if found is None:
-            raise StoreError(f"{key} in the store {self.url} is not a map; delete it and it will be made again")
+            raise self._damaged(key)
         return np.asarray(found, np.uint8)
 
     def write_map(self, key: str, values: NDArray[np.uint8]) -> None:
         """Keep a map (H, W) of uint8 as a PNG."""
         self.write(key, cv2.imencode(".png", np.ascontiguousarray(values, np.uint8))[1].tobytes())
 
-    def _path(self, key: str) -> str:
+    def _damaged(self, key: str) -> StoreError:
+        return StoreError(f"{key} in the store {self.url} is damaged; delete it and it will be made again")
+
+    @contextmanager
+    def _door(self, verb: str, key: str) -> Iterator[str]:
+        """Give the path of a key, and turn whatever the storage raises into one sentence; each kind has its own."""
         if key.startswith("/") or ".." in key.split("/"):
             raise StoreError(f"{key!r} is not a key of the store")
-        return f"{self.root}/{key}"
+        try:
+            yield f"{self.root}/{key}"
+        except Exception as error:
+            raise StoreError(f"the store {self.url} cannot {verb} {key}: {error}") from error
 
 
-def _write_file(path: Path, data: bytes, mode: int) -> None:
+def _write_file(path: Path, data: bytes, place: Callable[[str, Path], None], mode: int = 0o644) -> None:
+    """Write beside the path, then `place` the complete file there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
+        place(temporary, path)
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _is_temporary(path: str) -> bool:
-    return path.endswith(".part")
