@@ -244,7 +244,7 @@ class LabelStudio:
             f"/api/projects/{project}/model-versions/",
             body={"model_version": version},
         )
-        if before and before != version:
+        if before and before != version and not self.project(project)["model_version"]:
             self.patch_project(project, model_version=before)
 
     # What `attach` sets up

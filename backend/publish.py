@@ -52,9 +52,9 @@ def publish_order(
     state = new_state(ctx, project, index, config, places, number)
     ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
     project.store.write_json(project.key("state.json"), state)
-    travelling = prelabels_travel(ctx, project, backend)
-    send(ctx, project, config, places, state, travelling)
-    flip(ctx, project, backend, state["queue"])
+    send(ctx, project, config, places, state)
+    # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
+    ctx.studio.patch_project(project.id, model_version=state["queue"])
     project.store.write_json(project.key("ranking.json"), [asdict(place) for place in places])
     return state
 
@@ -96,27 +96,20 @@ def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig
     return bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
 
 
-def prelabels_travel(ctx: Context, project: Project, backend: dict[str, Any]) -> bool:
-    """Whether prelabels must travel with the ranking: Label Studio asks only the first ML backend ever connected."""
-    return min(int(b["id"]) for b in ctx.studio.ml_backends(project.id)) != int(backend["id"])
-
-
 def send(
-    ctx: Context,
-    project: Project,
-    config: ProjectConfig,
-    places: Sequence[Place],
-    state: dict[str, Any],
-    travelling: bool,
+    ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]
 ) -> None:
     """Import one rank prediction per place; 0 is the head.
+
+    The head's carry their prelabels: for projects whose first ML backend is another (Label Studio asks only that),
+    for tasks opened from the Data Manager, and while old generations are deleted.
 
     Raises:
         JobError: Label Studio kept fewer than were sent.
     """
     rows = []
     for position, place in enumerate(places):
-        result = regions(project, config, place.task, state) if travelling and position < HEAD else []
+        result = regions(project, config, place.task, state) if position < HEAD else []
         score = position / len(places)
         rows.append({"task": place.task, "result": result, "score": score, "model_version": state["queue"]})
     delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
@@ -130,18 +123,6 @@ def send(
             )
 
 
-def flip(ctx: Context, project: Project, backend: dict[str, Any], queue: str) -> None:
-    """Make `queue` the order in force."""
-    ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
-    restore_version(ctx, project, queue)
-
-
-def restore_version(ctx: Context, project: Project, queue: str) -> None:
-    """Have Label Studio sort by `queue`; deleting any version may have unset that."""
-    if ctx.studio.project(project.id).get("model_version") != queue:
-        ctx.studio.patch_project(project.id, model_version=queue)
-
-
 def delete_generation(ctx: Context, project: Project, version: str) -> None:
     """Delete the predictions of one version, if there are any."""
     if version in ctx.studio.versions(project.id):
@@ -149,15 +130,20 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
 
 
 def clean_generations(ctx: Context, project: Project) -> None:
-    """Delete rank predictions and prelabels of earlier rounds; keeps people's coarse copies and others' versions."""
-    state = project.state()
+    """Delete rank predictions and prelabels of earlier rounds; keeps people's coarse copies and others' versions.
+
+    Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
+    name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
+    """
     before = project.extra().get("before", {}).get("versions", [])
     for version in ctx.studio.versions(project.id):
         if not OURS.fullmatch(version) or version in before:
             continue
-        if int(version.rpartition("-")[2]) < int(state.get("round", 0)):  # higher: a round that is publishing now
+        if int(version.rpartition("-")[2]) < int(project.state().get("round", 0)):  # higher: a round publishing now
             ctx.studio.delete_version(project.id, version)
-            restore_version(ctx, project, state["queue"])
+    backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
+    if backend is not None and queue and backend["title"] != queue:
+        ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
 
 
 def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:
