@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from backend.errors import SettingsError, StoreError
 from backend.store import Store
 
+PREFIX = "FIRSTROW_"
 #: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
 OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
 #: Where the generated secret lies in the store.
@@ -172,7 +173,7 @@ def stored_secret(store: Store) -> str:
 
 
 def _is_typo(name: str, names: set[str]) -> bool:
-    return name.startswith("FIRSTROW_") and name not in names | OTHERS
+    return name.startswith(PREFIX) and name not in names | OTHERS
 
 
 def _fault(name: str, found: ErrorDetails) -> str:
@@ -184,5 +185,6 @@ def _fault(name: str, found: ErrorDetails) -> str:
 
 
 def _unknown(name: str, names: set[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
-    return f"{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    ours = [known.removeprefix(PREFIX) for known in names if known.startswith(PREFIX)]
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), ours, 1)
+    return f"{name}: there is no such setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else "")
