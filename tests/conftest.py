@@ -40,6 +40,12 @@ def redis_url(services_folder: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def database_url(redis_url: str) -> str:
+    """An empty database of the real Redis server, for one test."""
+    return f"{redis_url}/{next(DATABASES)}"
+
+
 @pytest.fixture(scope="session")
 def studio(services_folder: Path) -> Iterator[Studio]:
     """A real Label Studio."""
