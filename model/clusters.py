@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 
 Floats = NDArray[np.float32]
 Image = NDArray[np.uint8]
@@ -25,8 +29,16 @@ SMOOTH, SMALLEST = 5, 0.0005
 CENTRING = 0.5
 #: Pixels of one image that its own clusters are fitted to.
 SAMPLE = 20_000
+#: Pixels assigned at a time, so that their distances stay in the cache.
+CHUNK = 16_384
 #: Excess green is spread over at least this much of its range where colours can tell plants from soil.
 LEAST_SPREAD = 0.05
+#: Below this sum of the three channels a pixel is too dark to have a colour.
+DARK = 60
+#: A cluster is well shown by an image of which it fills this share.
+WELL_SHOWN = 0.05
+#: Images chosen for coarse labels one by one, each knowing those before it.
+GREEDY = 300
 
 
 @dataclass(frozen=True)
@@ -61,10 +73,10 @@ def features(image: Image) -> Floats:
         (H * W, 4) float32; L and a, b in CIE units, excess green (2G - R - B) in the same range.
     """
     scaled = image.astype(np.float32) / 255
-    lab = cv2.cvtColor(scaled, cv2.COLOR_RGB2LAB).reshape(-1, 3)
-    green = (scaled @ np.array([-1, 2, -1], np.float32)).reshape(-1, 1) * 50
-    found = np.hstack([lab, green])
-    return np.asarray(found - CENTRING * found.mean(0, keepdims=True), np.float32)
+    lab = cv2.cvtColor(scaled, cv2.COLOR_RGB2LAB)
+    found = np.dstack([lab, scaled @ np.array([-50, 100, -50], np.float32)])
+    # Not numpy's mean: in float32 it adds row after row, which is slow and loses digits.
+    return np.asarray(found - np.float32(CENTRING) * np.array(cv2.mean(found), np.float32)).reshape(-1, 4)
 
 
 def sample_pixels(image: Image, n: int, rng: np.random.Generator) -> Floats:
@@ -82,14 +94,16 @@ def fit(samples: Floats, k: int, rng: np.random.Generator) -> Codebook:
         rng: of the restarts.
 
     Raises:
-        ValueError: there is no sample.
+        ValueError: there is no sample, or k is not 1 to 255.
     """
     if not len(samples):
         raise ValueError("no pixels to find clusters in")
-    distinct = len(np.unique(samples, axis=0))
-    model = KMeans(min(k, distinct), n_init=RESTARTS, random_state=int(rng.integers(2**31))).fit(samples)
-    centres = np.asarray(model.cluster_centers_, np.float32)
-    centres = centres[np.argsort(centres[:, 0])]
+    if not 1 <= k <= 255:
+        raise ValueError(f"{k} clusters do not fit into a map of bytes: 1 to 255 do")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct colours than clusters: no harm
+        model = KMeans(min(k, len(samples)), n_init=RESTARTS, random_state=int(rng.integers(2**31))).fit(samples)
+    centres = np.unique(np.asarray(model.cluster_centers_, np.float32), axis=0)  # sorted, the darkest first
     return Codebook(centres, hashlib.sha1(centres.tobytes()).hexdigest()[:12])
 
 
@@ -118,34 +132,68 @@ def smoothed(image: Image) -> Image:
 
 
 def assign(points: Floats, centres: Floats) -> NDArray[np.uint8]:
-    """(N,) nearest centre; |x|^2 is the same for all centres and left out."""
-    return np.asarray((points @ (-2 * centres.T) + (centres**2).sum(1)).argmin(1), np.uint8)
+    """(N,) nearest centre, of equally near ones the first; |x|^2 is the same for all centres and left out."""
+    weights, offset = -2 * centres, (centres**2).sum(1)[:, None]
+    nearest = np.zeros(len(points), np.uint8)
+    for start in range(0, len(points), CHUNK):
+        part = nearest[start : start + CHUNK]
+        distances = weights @ points[start : start + CHUNK].T + offset
+        least = distances[0].copy()
+        for centre in range(1, len(centres)):  # argmin over a short axis takes twice the time
+            np.copyto(part, np.uint8(centre), where=distances[centre] < least)
+            np.minimum(least, distances[centre], out=least)
+    return nearest
 
 
 def mode_filter(labels: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
-    """(H, W) the most frequent label around each pixel; of equally frequent ones the lowest."""
-    best, count = np.zeros(labels.shape, np.uint8), np.full(labels.shape, -1.0, np.float32)
+    """(H, W) the most frequent label around each pixel, the image mirrored at its edges; of equals the lowest."""
+    best, count = np.zeros(labels.shape, np.uint8), np.zeros(labels.shape, np.uint8)
     for label in range(k):
-        here = cv2.boxFilter((labels == label).astype(np.float32), -1, (SMOOTH, SMOOTH), normalize=False)
-        wins = here > count + 0.5
-        best[wins], count[wins] = label, here[wins]
+        here = cv2.boxFilter((labels == label).view(np.uint8), -1, (SMOOTH, SMOOTH), normalize=False)
+        np.copyto(best, np.uint8(label), where=here > count)
+        np.maximum(count, here, out=count)
     return best
 
 
 def without_small(labels: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
-    """(H, W) labels whose pieces below `share` of the image got the label of the nearest larger piece."""
-    small = np.zeros(labels.shape, np.uint8)
-    for label in np.unique(labels):
-        _, pieces, stats, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=8)
-        tiny = stats[:, cv2.CC_STAT_AREA] < share * labels.size
-        tiny[0] = False
-        small |= tiny[pieces].astype(np.uint8)
-    if not small.any() or small.all():
+    """(H, W) labels whose pieces below `share` of the image got the label of the nearest larger piece.
+
+    Where all pieces are that small, the largest ones count as large.
+    """
+    piece = pieces(labels)
+    area = np.bincount(piece.ravel())
+    small = (area < min(share * labels.size, area.max()))[piece]
+    if not small.any():
         return labels
-    _, nearest = cv2.distanceTransformWithLabels(small, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    _, nearest = cv2.distanceTransformWithLabels(small.view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     table = np.zeros(int(nearest.max()) + 1, np.uint8)
-    table[nearest[small == 0]] = labels[small == 0]
-    return np.asarray(np.where(small == 0, labels, table[nearest]), np.uint8)
+    table[nearest[~small]] = labels[~small]
+    return np.asarray(table[nearest], np.uint8)
+
+
+def pieces(labels: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """(H, W) number of the piece of equal labels, 8-connected, that each pixel is in.
+
+    All labels in one pass: runs of equal pixels in a row are the nodes of a graph, and runs that touch its edges.
+    """
+    starts = np.ones(labels.shape, bool)
+    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    run = np.cumsum(starts, dtype=np.int32).reshape(labels.shape) - np.int32(1)
+    pairs = np.concatenate([touching(labels, run, shift) for shift in (-1, 0, 1)], axis=1)
+    size = int(run[-1, -1]) + 1
+    graph = coo_array((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(size, size))
+    return np.asarray(connected_components(graph, directed=False)[1][run], np.int32)
+
+
+def touching(labels: NDArray[np.uint8], run: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
+    """(2, P) pairs of runs of equal label, the lower one touching the upper one `shift` pixels to the right."""
+    width = labels.shape[1]
+    up, down = slice(max(shift, 0), width + min(shift, 0)), slice(max(-shift, 0), width + min(-shift, 0))
+    upper, lower = run[:-1, up], run[1:, down]
+    same = labels[:-1, up] == labels[1:, down]
+    # A pair of long runs touches in many pixels; the first one is enough.
+    same[:, 1:] &= (upper[:, 1:] != upper[:, :-1]) | (lower[:, 1:] != lower[:, :-1])
+    return np.stack([upper[same], lower[same]])
 
 
 def vegetation_guess(image: Image, clusters: NDArray[np.uint8], k: int) -> NDArray[np.float64] | None:
@@ -159,8 +207,8 @@ def vegetation_guess(image: Image, clusters: NDArray[np.uint8], k: int) -> NDArr
     Returns:
         (k,) 0..1, NaN for absent clusters; None where the image's colours do not fall into green and not green.
     """
-    total = np.maximum(image.sum(2, dtype=np.float32), 1)
-    green = (image.astype(np.float32) @ np.array([-1, 2, -1], np.float32)) / total
+    calm = smoothed(image).astype(np.float32)
+    green = (calm @ np.array([-1, 2, -1], np.float32)) / np.maximum(calm.sum(2), DARK)
     scaled = np.clip((green + 0.5) * 255, 0, 255).astype(np.uint8)
     _, plants = cv2.threshold(scaled, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     inside, outside = green[plants == 1], green[plants == 0]
@@ -185,14 +233,15 @@ def cover(counts: NDArray[np.integer], chosen: Sequence[int], n: int) -> NDArray
     Returns:
         Image indices, the most telling one first, without those chosen before.
     """
-    shown = np.minimum(counts / np.maximum(counts.sum(1, keepdims=True), 1) / 0.05, 1.0)
-    worth = counts.sum(0) / max(counts.sum(), 1)
-    worth = worth * np.prod(1 - 0.5 * shown[list(chosen)], axis=0)
-    left = [i for i in range(len(counts)) if i not in set(chosen)]
+    shown = np.minimum(counts / np.maximum(counts.sum(1, keepdims=True), 1) / WELL_SHOWN, 1.0)
+    worth = counts.sum(0) / max(counts.sum(), 1) * np.prod(1 - 0.5 * shown[list(chosen)], axis=0)
+    left = np.ones(len(counts), bool)
+    left[list(chosen)] = False
     order: list[int] = []
-    while left and len(order) < n:
-        best = max(left, key=lambda i: float(shown[i] @ worth))
-        worth = worth * (1 - 0.5 * shown[best])
-        order.append(best)
-        left.remove(best)
-    return np.array(order, np.intp)
+    for _ in range(min(n, GREEDY, int(left.sum()))):
+        order.append(int(np.where(left, shown @ worth, -1).argmax()))
+        left[order[-1]] = False
+        worth = worth * (1 - 0.5 * shown[order[-1]])
+    rest = np.flatnonzero(left)
+    rest = rest[np.argsort(-(shown[rest] @ worth), kind="stable")]
+    return np.array([*order, *rest], np.intp)[:n]
