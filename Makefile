@@ -1,16 +1,18 @@
-# Everything a newcomer needs: `make demo` and `make test`.
+# `make demo` and `make test` install what they need, then run. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 VENV := .venv
 STUDIO := .venv-studio
 BIN := $(VENV)/bin
-LOCKS := requirements/firstrow.txt requirements/studio.txt
+PIP := -m pip --disable-pip-version-check install --no-deps
+UV := .venv-lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+SUPPORTED := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("needs Python 3.11 to 3.13: make PYTHON=...")
 
 .PHONY: demo test lint serve lock clean
 
-demo: $(VENV)/installed $(STUDIO)/installed  ## the whole loop; DATA=folder, ARGS=--exit
+demo: $(VENV)/installed $(STUDIO)/installed  # the whole loop; DATA=folder, ARGS=--exit
 	$(BIN)/firstrow demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: lint $(STUDIO)/installed  ## what CI runs
+test: lint $(STUDIO)/installed  # what CI runs; ARGS="-k store"
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed
@@ -19,26 +21,26 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 serve: $(VENV)/installed
-	$(BIN)/firstrow serve
+	$(BIN)/firstrow serve $(ARGS)
 
 $(VENV)/installed: requirements/firstrow.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/firstrow.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@test -x $(BIN)/pip || $(PYTHON) -c '$(SUPPORTED)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python $(PIP) --require-hashes -r requirements/firstrow.txt
+	$(BIN)/python $(PIP) --no-build-isolation -e .
 	touch $@
 
 $(STUDIO)/installed: requirements/studio.txt
-	test -x $(STUDIO)/bin/python || $(PYTHON) -m venv $(STUDIO)
-	$(STUDIO)/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/studio.txt
+	@test -x $(STUDIO)/bin/pip || $(PYTHON) -c '$(SUPPORTED)'
+	test -x $(STUDIO)/bin/pip || $(PYTHON) -m venv --clear $(STUDIO)
+	$(STUDIO)/bin/python $(PIP) --require-hashes -r requirements/studio.txt
 	touch $@
 
-# Plain lists of name==version --hash, for Python 3.11 to 3.13. label-studio-ml's pins are lifted in pyproject.toml.
+# Lists of name==version and hashes for Python 3.11 to 3.13. label-studio-ml's old pins are lifted in pyproject.toml.
 lock:
-	$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --disable-pip-version-check -q uv
-	.venv-lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --extra dev --constraints requirements/constraints.txt -o requirements/firstrow.txt pyproject.toml
-	.venv-lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  -o requirements/studio.txt requirements/studio.in
+	$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip --disable-pip-version-check install -q uv
+	$(UV) --extra dev --constraints requirements/constraints.txt -o requirements/firstrow.txt pyproject.toml
+	$(UV) -o requirements/studio.txt requirements/studio.in
 
 clean:
 	rm -rf $(VENV) $(STUDIO) .venv-lock .demo

@@ -16,7 +16,7 @@ from backend.attach import check
 from backend.context import Context, context
 from backend.enqueue import progress
 from backend.errors import FirstRowError, LabelStudioError
-from backend.learn import read_scores, score_tasks, train_round, untrained_labels
+from backend.learn import read_scores, score_tasks, scores_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
@@ -136,8 +136,9 @@ def publish(ctx: Context, project: Project, number: int) -> None:
 
 @step
 def clean(ctx: Context, project: Project) -> None:
-    """Delete what earlier rounds published."""
+    """Delete what earlier rounds published, and what only they needed."""
     clean_generations(ctx, project)
+    clean_store(ctx, project)
 
 
 @step
@@ -178,6 +179,22 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
         return
     shards = [ctx.board.enqueue("score", project.id, number, ids) for ids in split(todo, SCORE_SHARD)]
     ctx.board.enqueue("publish", project.id, number, after=shards)
+
+
+def clean_store(ctx: Context, project: Project) -> None:
+    """Delete scores, masks and maps that no longer compare with anything, and records taken in long ago."""
+    # Listed before the names are looked up: what a round beside us writes meanwhile is not in the list.
+    found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared")}
+    config, number = project.config(), int(project.state().get("round", 0))
+    keep = {
+        "scores": {scores_key(ctx, project, config)},
+        "clusters": {clusters_name(ctx, project)},
+        "prepared": {str(n) for n in range(number, number + 3)},
+    }
+    for folder, names in keep.items():
+        for key in found[folder]:
+            if key.removeprefix(project.key(folder) + "/").partition("/")[0] not in names:
+                project.store.delete(key)
 
 
 def merge(project: Project, number: int) -> Index:

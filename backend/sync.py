@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.connection import note_of, our_backend
+from backend.connection import OURS, note_of, our_backend
 from backend.context import Context
 from backend.errors import ImageFetchError, LabelStudioError, MaskError
 from backend.label_config import Control, ProjectConfig
@@ -38,8 +38,9 @@ def refresh_config(ctx: Context, project: Project) -> ProjectConfig:
     """Read the label config, and what `attach` recorded, from Label Studio into the store."""
     seen = ctx.studio.project(project.id)
     ours = our_backend(ctx.studio, project.id, ctx.settings)
-    number = (ours or {}).get("title", "").rpartition("-")[2]
-    project.save_config(seen["label_config"], {**note_of(ours), "round": int(number) if number.isdigit() else 0})
+    names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
+    rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
+    project.save_config(seen["label_config"], {**note_of(ours), "round": max(rounds, default=0)})
     return project.config()
 
 

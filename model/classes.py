@@ -27,7 +27,8 @@ class Classes:
         groups: per coarse class, the indices of its fine classes; each fine class is in exactly one.
 
     Raises:
-        ValueError: a fine class is in no group or in two, or a group is empty.
+        ValueError: a fine class is in no group or in two, a group is empty, there is no class, a name is there twice,
+            or the rows of `sets` do not fit into a byte.
     """
 
     fine: tuple[str, ...]
@@ -39,6 +40,12 @@ class Classes:
         if members != list(range(len(self.fine))) or len(self.coarse) != len(self.groups) or not all(self.groups):
             raise ValueError(
                 f"each of {', '.join(self.fine)} must be in exactly one of {', '.join(self.coarse)}, and none empty"
+            )
+        if not self.fine or any(len(set(names)) < len(names) for names in (self.fine, self.coarse)):
+            raise ValueError(f"class names must be there, once each: {', '.join(self.fine + self.coarse) or 'none is'}")
+        if self.any_row >= IGNORE:
+            raise ValueError(
+                f"{len(self.fine)} fine and {len(self.coarse)} coarse classes are more than a mask can hold"
             )
 
     @property

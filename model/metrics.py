@@ -56,9 +56,11 @@ def area_under_curve(n: Sequence[float], values: Sequence[float]) -> float:
         values: the metric at each.
 
     Raises:
-        ValueError: fewer than two points, or n does not rise.
+        ValueError: fewer than two points, not as many values, or n does not rise.
     """
     x, y = np.asarray(n, float), np.asarray(values, float)
-    if x.size < 2 or x.size != y.size or (np.diff(x) <= 0).any():
-        raise ValueError("a learning curve needs two or more points with rising n")
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+    if x.size < 2 or x.size != y.size or not (np.diff(x) > 0).all():
+        raise ValueError(
+            f"a learning curve needs two or more points with rising n, not n {list(n)}, values {list(values)}"
+        )
+    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))

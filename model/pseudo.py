@@ -19,22 +19,20 @@ def cluster_votes(clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int
 
     Returns:
         (k,) the answer given to most pixels of the cluster: a coarse class, MIXED, or UNKNOWN for a cluster that is
-        absent or without a label.
+        absent or mostly without a label. Of equal counts the first in that order.
 
     Raises:
-        ValueError: sizes differ.
+        ValueError: sizes differ, or there is a cluster or a coarse class that is not known.
     """
     if clusters.shape != coarse.shape:
         raise ValueError(f"clusters are {clusters.shape}, the coarse mask is {coarse.shape}")
     answers = np.array([*range(num_coarse), MIXED, UNKNOWN])
-    column = np.full(256, num_coarse + 1)
-    column[answers] = np.arange(num_coarse + 2)
-    counts = np.bincount(
-        clusters.ravel().astype(np.int64) * (num_coarse + 2) + column[coarse].ravel(), minlength=k * (num_coarse + 2)
-    ).reshape(k, num_coarse + 2)
-    votes = answers[counts.argmax(1)]
-    votes[counts.sum(1) == 0] = UNKNOWN
-    return np.asarray(votes, np.int64)
+    cells = clusters.ravel().astype(np.intp) * 256 + coarse.ravel()
+    table = np.bincount(cells, minlength=256**2).reshape(256, 256)
+    check(table.sum(1), k, "cluster")
+    check(np.delete(table.sum(0), [MIXED, UNKNOWN]), num_coarse, "coarse class")
+    # An absent cluster has zeros only: the first answer would win.
+    return np.where(table[:k].any(1), answers[table[:k, answers].argmax(1)], UNKNOWN)
 
 
 def decide(votes: NDArray[np.integer]) -> NDArray[np.uint8]:
@@ -69,16 +67,29 @@ def pseudo_ground_truth(
         (H, W) rows of `classes.sets()`; MIXED and UNKNOWN allow any class, so that they pull the network nowhere.
 
     Raises:
-        ValueError: sizes differ.
+        ValueError: sizes differ, or there is a cluster or a coarse class that is not known.
     """
+    check(np.bincount(clusters.ravel()), len(decided), "cluster")
     coarse = decided[clusters]
     if own is not None:
         if own.shape != clusters.shape:
             raise ValueError(f"clusters are {clusters.shape}, the image's own coarse mask is {own.shape}")
         coarse = np.where(own == UNKNOWN, coarse, own)
+    check(np.bincount(coarse.ravel(), minlength=256)[:MIXED], len(classes.coarse), "coarse class")
     rows = np.full(256, classes.any_row, np.uint8)
     rows[: len(classes.coarse)] = [classes.coarse_row(g) for g in range(len(classes.coarse))]
     return rows[coarse]
+
+
+def check(counts: NDArray[np.integer], known: int, what: str) -> None:
+    """Refuse pixel counts at or above the number of what is known.
+
+    Raises:
+        ValueError: one is there.
+    """
+    beyond = np.flatnonzero(counts[known:])
+    if beyond.size:
+        raise ValueError(f"there is a {what} {known + beyond[0]}, but only {known} are known")
 
 
 def fine_target(mask: NDArray[np.uint8], classes: Classes) -> NDArray[np.uint8]:
