@@ -1,0 +1,190 @@
+"""The README names all there is; files that people share hold nothing of one machine."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+from backend import cli
+from backend.label_config import parse
+from backend.labelstudio import LabelStudio
+from backend.settings import OTHERS, Settings
+from model.field import render
+from model.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[0].split()
+REQUIREMENT = re.compile(r"[a-z0-9][a-z0-9.\-]*==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
+
+
+def rows(first: str) -> dict[str, list[str]]:
+    """The rows of the README's table whose first column is so called, by each name in their first cell."""
+    lines = iter(README.splitlines())
+    next(line for line in lines if line.startswith(f"| {first} |"))
+    next(lines)
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells[1:])
+    return found
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the firstrow command, by name."""
+    actions = cli._parser()._actions
+    return next(dict(action.choices) for action in actions if isinstance(action, argparse._SubParsersAction))
+
+
+def committed() -> list[Path]:
+    """Every file that is committed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_every_setting_is_in_the_readme_with_its_default() -> None:
+    table = rows("variable")
+    assert table.keys() == {field.alias for field in Settings.model_fields.values()}
+    for field in Settings.model_fields.values():
+        cell, default = table[str(field.alias)][0], field.get_default()
+        if isinstance(default, str | int | Path) and default != "":
+            assert f"`{default}`" in cell, field.alias
+        elif not isinstance(default, float | tuple):
+            assert "`" not in cell, field.alias
+
+
+def test_variables_in_the_readme_exist() -> None:
+    named = set(re.findall(r"\b(?:FIRSTROW|LABEL_STUDIO)_[A-Z_]*[A-Z]", README))
+    assert named <= {field.alias for field in Settings.model_fields.values()} | OTHERS
+
+
+def test_every_command_is_in_the_readme() -> None:
+    names = {name.removeprefix("firstrow ") for name in rows("command")}
+    assert names == subcommands().keys()
+
+
+def test_commands_in_the_readme_are_understood() -> None:
+    examples = re.findall(r"^\s*\.venv/bin/firstrow (.*?)(?: &)?$", README, re.M)
+    assert len(examples) >= 4
+    for example in examples:
+        cli._parser().parse_args(example.split())
+
+
+def test_every_make_target_is_in_the_readme() -> None:
+    for target in set(TARGETS) - {"clean"}:
+        assert f"make {target}" in README, target
+    named = set(re.findall(r"\bmake ([a-z]+)\b(?=[^`\n]*`|[^\n]*\s#)", README))
+    assert named <= set(TARGETS)
+
+
+def test_every_strategy_is_in_the_readme() -> None:
+    assert rows("name").keys() == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in subcommands())])
+def test_help_is_shown(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "backend.cli", *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: firstrow")
+
+
+def test_make_targets_are_phony_or_files() -> None:
+    done = subprocess.run(["make", "-n", *TARGETS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {canonical(name) for name in PYPROJECT["project"]["dependencies"]}
+    owners = packages_distributions()
+    for path in [*ROOT.glob("backend/*.py"), *ROOT.glob("model/*.py")]:
+        for module in imported(ast.parse(path.read_text())) - set(sys.stdlib_module_names) - {"backend", "model"}:
+            names = {canonical(name) for name in owners[module]}
+            # what comes with a declared package of the same makers
+            indirect = {"werkzeug": "flask", "urllib3": "requests", "pydantic-core": "pydantic", "markupsafe": "flask"}
+            names |= {indirect[name] for name in names if name in indirect}
+            assert names & declared, f"{path.name} imports {module}"
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Names of the top-level modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def canonical(requirement: str) -> str:
+    """The name of a distribution, as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.\-]", requirement)[0]).lower()
+
+
+def test_model_knows_nothing_of_backend() -> None:
+    for path in ROOT.glob("model/*.py"):
+        assert not imported(ast.parse(path.read_text())) & {"backend", "flask", "redis", "rq", "label_studio_sdk"}, path
+
+
+@pytest.mark.parametrize("name", ["firstrow.txt", "studio.txt"])
+def test_locks_are_names_versions_and_hashes(name: str) -> None:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    assert len(lines) > 100
+    assert [line for line in lines if not REQUIREMENT.fullmatch(line)] == []
+
+
+def test_locks_hold_what_is_declared() -> None:
+    extra = PYPROJECT["project"]["optional-dependencies"]["dev"]
+    lines = (ROOT / "requirements" / "firstrow.txt").read_text().splitlines()
+    locked = {canonical(line) for line in lines if not line.startswith(" ")}
+    assert {canonical(name) for name in PYPROJECT["project"]["dependencies"] + extra} <= locked
+    assert "label-studio" not in locked
+
+
+def test_no_committed_file_names_an_index() -> None:
+    words = ["index" + "-url", "find" + "-links", "trusted" + "-host", "pypi" + ".org", "python" + "hosted"]
+    for path in committed():
+        text = path.read_text(errors="ignore")
+        assert not [word for word in words if word in text], path
+
+
+def test_yaml_files_are_yaml() -> None:
+    for path in committed():
+        if path.suffix in (".yaml", ".yml"):
+            assert yaml.safe_load(path.read_text()), path
+
+
+def test_ci_runs_what_people_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert "\nmake test\n" in script.read_text()
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+def test_the_label_config_is_one_for_the_rendered_field(label_studio: LabelStudio) -> None:
+    xml = (ROOT / "label_config.xml").read_text()
+    config = parse(xml)
+    assert config.classes.fine == ("soil", "crop", "weed")
+    assert config.classes.groups == ((0,), (1, 2))
+    assert config.coarse is not None
+    _, mask = render(0, "target", (160, 120))
+    assert mask.max() < len(config.classes.fine)
+    hotkeys = re.findall(r'hotkey="(.)"', xml)
+    assert len(hotkeys) == len(set(hotkeys)) == 6
+    made = label_studio.create_project("the label config of the README", xml)
+    assert label_studio.project(made["id"])["label_config"] == xml.strip()
