@@ -1,0 +1,146 @@
+"""Orders that spread: over directions, over features, over quantiles."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+
+Floats = NDArray[np.floating]
+#: Places that are chosen one by one, each knowing those before it; the rest follows by utility.
+GREEDY = 300
+#: Neighbours that typicality looks at.
+NEIGHBOURS = 20
+#: Clusters of feature space at most; more would be single images.
+MOST_CLUSTERS = 50
+#: Rows whose distances are held in memory at a time.
+CHUNK = 1000
+
+
+class Farthest(NamedTuple):
+    """A greedy order.
+
+    Attributes:
+        order: (N,) a permutation.
+        utility: (N,) by index, weight times novelty when the place was given.
+        novelty: (N,) by index, 0 (a copy) to 2 (the opposite, or nothing to compare with).
+    """
+
+    order: NDArray[np.intp]
+    utility: NDArray[np.float64]
+    novelty: NDArray[np.float64]
+
+
+def farthest_first(vectors: Floats, seen: Floats, weight: Floats, rng: np.random.Generator) -> Farthest:
+    """Greedy order by weight times distance (1 - largest cosine) to everything chosen before.
+
+    Args:
+        vectors: (N, E) of length one, or zero.
+        seen: (M, E) already chosen.
+        weight: (N,) not negative.
+        rng: breaks ties.
+
+    Returns:
+        The order; `GREEDY` places one by one, the rest by the utility they then have.
+    """
+    size, nearest = len(vectors), largest_cosine(vectors, seen)
+    novelty = np.clip(1 - nearest, 0, 2).astype(np.float64)
+    tie, left, order = rng.permutation(size), np.ones(size, bool), list[int]()
+    for _ in range(min(size, GREEDY)):
+        utility = np.where(left, weight * novelty, -1)
+        ties = np.flatnonzero(utility == utility.max())
+        order.append(int(ties[tie[ties].argmax()]))
+        left[order[-1]] = False
+        np.maximum(nearest, vectors @ vectors[order[-1]], out=nearest)
+        novelty[left] = np.clip(1 - nearest[left], 0, 2)
+    rest, utility = np.flatnonzero(left), weight * novelty
+    rest = rest[np.lexsort((tie[rest], utility[rest]))[::-1]]
+    return Farthest(np.array([*order, *rest], np.intp), utility, novelty)
+
+
+def largest_cosine(vectors: Floats, seen: Floats) -> NDArray[np.float32]:
+    """(N,) cosine to the nearest of the seen directions; -1 where nothing was seen."""
+    nearest = np.full(len(vectors), -1, np.float32)
+    for start in range(0, len(seen) if len(vectors) else 0, CHUNK):
+        np.maximum(nearest, (vectors @ seen[start : start + CHUNK].T).max(1), out=nearest)
+    return nearest
+
+
+def unit(vectors: Floats) -> NDArray[np.float32]:
+    """(N, E) vectors of length one; zero stays zero."""
+    length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, length, out=np.zeros(vectors.shape), where=length > 0), np.float32)
+
+
+def standardised(features: Floats, labelled: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N, F) and (M, F) features of pool and labelled images, each column of mean 0 and deviation 1 over both."""
+    both = np.concatenate([features, labelled], dtype=np.float64) if len(labelled) else features.astype(np.float64)
+    deviation = both.std(0)
+    both = (both - both.mean(0)) / np.where(deviation > 1e-9, deviation, 1)  # a constant column is no signal
+    return both[: len(features)], both[len(features) :]
+
+
+def typicality(features: Floats, sample: Floats) -> NDArray[np.float64]:
+    """(N,) inverse mean distance to the nearest neighbours in the sample (Hacohen et al. 2022, equation 4)."""
+    count = min(NEIGHBOURS, len(sample) - 1)
+    result = np.empty(len(features))
+    for start in range(0, len(features), CHUNK):
+        away = distances(features[start : start + CHUNK], sample)
+        near = np.sort(np.partition(away, count, axis=1)[:, : count + 1], axis=1)[
+            :, 1:
+        ]  # the first is the image itself
+        result[start : start + CHUNK] = 1 / np.maximum(near.mean(1), 1e-9)
+    return result
+
+
+def distances(a: Floats, b: Floats) -> NDArray[np.float64]:
+    """(N, M) Euclidean distances."""
+    square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.asarray(np.sqrt(np.maximum(square, 0)), np.float64)
+
+
+def cover(
+    features: Floats, labelled: Floats, typical: Floats, places: int, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """One image after another: the most typical one of the largest cluster that has neither label nor choice yet.
+
+    The number of clusters grows with every choice, as in TypiClust with a query size of one. Where every cluster has
+    a label, those with the fewest come first.
+
+    Args:
+        features: (N, F) of the pool.
+        labelled: (M, F).
+        typical: (N,) typicality.
+        places: how many to choose; at most N are.
+        rng: of the clusters.
+
+    Returns:
+        Pool indices, the most wanted first.
+    """
+    size, chosen = len(features), list[int]()
+    both = np.concatenate([features, labelled])
+    for _ in range(min(size, places)):
+        k = min(len(labelled) + len(chosen) + 1, len(both), MOST_CLUSTERS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: no harm
+            found = KMeans(k, n_init=3, random_state=int(rng.integers(2**31))).fit(both).labels_
+        free = np.setdiff1d(np.arange(size), chosen)
+        seen = np.bincount(found[[*chosen, *range(size, len(both))]], minlength=k)
+        members = np.bincount(found[free], minlength=k)
+        best = np.lexsort((-members, seen, members == 0))[0]
+        free = free[found[free] == best]
+        chosen.append(int(free[typical[free].argmax()]))
+    return np.array(chosen, np.intp)
+
+
+def van_der_corput(size: int) -> NDArray[np.intp]:
+    """Places 0..size-1 in van der Corput order: the middle, the quarters, the eighths, ..., each once."""
+    places, denominator = list[int](), 2
+    while denominator < 4 * max(size, 1):
+        places += [size * numerator // denominator for numerator in range(1, denominator, 2)]
+        denominator *= 2
+    return np.array(list(dict.fromkeys([*places, *range(size)]) if size else []), np.intp)

@@ -1,0 +1,299 @@
+"""One contract for all strategies, and the order of each where it is obvious."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.scoring import ImageScore
+from model.spread import van_der_corput
+from model.strategies import COVER, DEFAULT, STRATEGIES, Pool, Ranking
+
+NAMES = [field.name for field in fields(ImageScore) if field.type == "float"]
+EVERY = pytest.mark.parametrize("name", STRATEGIES)
+#: Strategies whose answer is chance, if weighted.
+CHANCE = {"random", "foreground-random"}
+
+
+def make(n: int, labelled: int = 0, seed: int = 0, /, **scores: Any) -> Pool:
+    """A pool without structure; named scores are as given."""
+    rng = np.random.default_rng(seed)
+    return Pool(
+        {name: scores.get(name, rng.random(n)) for name in NAMES},
+        rng.normal(size=(n, 12)).astype(np.float32),
+        rng.normal(size=(n, 8)).astype(np.float32),
+        rng.normal(size=(labelled, 12)).astype(np.float32),
+        rng.normal(size=(labelled, 8)).astype(np.float32),
+    )
+
+
+def taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
+    """The pool in another order, or a part of it."""
+    scores = {name: values[rows] for name, values in pool.scores.items()}
+    return Pool(scores, pool.embedding[rows], pool.features[rows], pool.labelled_embedding, pool.labelled_features)
+
+
+def ask(name: str, pool: Pool, seed: int = 0) -> Ranking:
+    """The strategy's answer, checked for what holds of every answer."""
+    ranking = STRATEGIES[name](pool, np.random.default_rng(seed))
+    assert sorted(ranking.order) == list(range(len(pool)))
+    assert ranking.order.dtype == np.intp
+    for values in (ranking.utility, *ranking.parts.values()):
+        assert values.shape == (len(pool),)
+        assert np.isfinite(values).all()
+    return ranking
+
+
+def ordered(name: str, pool: Pool, seed: int = 0) -> list[int]:
+    """Pool indices, most wanted first."""
+    return [int(i) for i in ask(name, pool, seed).order]
+
+
+@EVERY
+@pytest.mark.parametrize("labelled", [0, 1, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 40])
+def test_any_size_of_pool_gives_a_permutation(name: str, n: int, labelled: int) -> None:
+    ask(name, make(n, labelled))
+
+
+@EVERY
+def test_a_pool_that_says_nothing_is_ranked(name: str) -> None:
+    assert ordered(name, Pool({key: np.zeros(0) for key in NAMES})) == []
+
+
+@EVERY
+@pytest.mark.parametrize("labelled", [0, 4])
+def test_same_seed_same_answer(name: str, labelled: int) -> None:
+    pool = make(60, labelled)
+    first, second = ask(name, pool, 7), ask(name, pool, 7)
+    np.testing.assert_array_equal(first.order, second.order)
+    np.testing.assert_array_equal(first.utility, second.utility)
+
+
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - CHANCE - {"coverage", "first-row"}))
+def test_the_order_of_tasks_in_the_project_means_nothing(name: str) -> None:
+    pool, rows = make(50, 3), np.random.default_rng(1).permutation(50)
+    assert [int(rows[i]) for i in ordered(name, taken(pool, rows))] == ordered(name, pool)
+
+
+@EVERY
+@pytest.mark.parametrize("labelled", [0, COVER])
+def test_an_order_follows_its_utility(name: str, labelled: int) -> None:
+    ranking = ask(name, make(50, labelled))
+    falling = ranking.utility[ranking.order]
+    assert (np.diff(falling) <= 1e-6).all()
+
+
+@EVERY
+@pytest.mark.parametrize("labelled", [0, 4])
+def test_identical_images_tie_and_ties_are_broken_by_chance(name: str, labelled: int) -> None:
+    pool = taken(make(1, labelled), np.zeros(30, np.intp))
+    orders = {tuple(ordered(name, pool, seed)) for seed in range(5)}
+    assert len(orders) > 1
+
+
+@EVERY
+def test_inputs_stay_as_they_are(name: str) -> None:
+    pool = make(30, 2)
+    before = copy.deepcopy(pool)
+    arrays = [*pool.scores.values(), pool.embedding, pool.features, pool.labelled_embedding, pool.labelled_features]
+    for array in arrays:
+        array.setflags(write=False)
+    ask(name, pool)
+    for now, then in zip(arrays, [*before.scores.values(), *list(vars(before).values())[1:]], strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+@EVERY
+def test_two_thousand_images_are_ranked_in_seconds(name: str) -> None:
+    rng = np.random.default_rng(0)
+    pool = Pool(
+        {key: rng.random(2500) for key in NAMES},
+        rng.normal(size=(2500, 300)).astype(np.float32),
+        rng.normal(size=(2500, 300)).astype(np.float32),
+    )
+    start = time.process_time()
+    ask(name, pool)
+    assert time.process_time() - start < 5
+
+
+@EVERY
+def test_many_labelled_images_cost_no_memory_or_hours(name: str) -> None:
+    start = time.process_time()
+    ask(name, make(200, 3000))
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("part", ["entropy", "embedding", "features", "labelled_embedding", "labelled_features"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(part: str, value: float) -> None:
+    pool = make(4, 2)
+    parts = {**vars(pool), **{name: values for name, values in pool.scores.items() if name == part}}
+    parts[part] = np.array(parts[part])
+    parts[part].flat[0] = value
+    scores = {**pool.scores, **({part: parts.pop(part)} if part in NAMES else {})}
+    with pytest.raises(ValueError, match=rf"^{part} of the pool has values that are not finite; score those"):
+        Pool(**{**parts, "scores": scores})
+
+
+def test_parts_that_do_not_fit_together_are_refused() -> None:
+    pool = make(4, 2)
+    for change in (
+        {"features": pool.features[:3]},
+        {"scores": {**pool.scores, "egl": np.zeros(5)}},
+        {"labelled_embedding": pool.labelled_embedding[:1]},
+        {"labelled_embedding": pool.labelled_embedding[:, :3]},
+        {"labelled_features": pool.labelled_features[:, :3]},
+    ):
+        with pytest.raises(ValueError, match=r"differ in length|an embedding and features each|columns in the pool"):
+            Pool(**{**vars(pool), **change})
+
+
+def test_the_default_is_there() -> None:
+    assert DEFAULT in STRATEGIES
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("entropy", "entropy"), ("egl", "egl"), ("gradient-magnitude", "magnitude"), ("coarse-egl", "coarse_egl")],
+)
+def test_a_score_ranks_by_itself_alone(name: str, score: str) -> None:
+    values = np.array([0.2, 5.0, 0.0, 1.0])
+    assert ordered(name, make(4, 1, **{score: values})) == [1, 3, 0, 2]
+    assert ordered(name, make(4, 1, 9, **{score: values})) == [1, 3, 0, 2]
+
+
+def first_places(foreground: NDArray[np.float64], times: int) -> NDArray[np.float64]:
+    """How often each image is wanted most."""
+    pool = make(len(foreground), foreground=foreground)
+    firsts = [STRATEGIES["foreground-random"](pool, np.random.default_rng(seed)).order[0] for seed in range(times)]
+    return np.bincount(firsts, minlength=len(foreground)) / times
+
+
+def test_foreground_random_chooses_in_proportion_to_the_share_of_foreground() -> None:
+    share = np.array([0.4, 0.2, 0.1, 0.0, 0.1])
+    times = 4000
+    expected = share / share.sum()
+    error = np.sqrt(expected * (1 - expected) / times)
+    assert (np.abs(first_places(share, times) - expected) <= 4 * error + 1e-6).all()
+
+
+def test_foreground_random_is_chance_where_nobody_sees_foreground() -> None:
+    np.testing.assert_allclose(first_places(np.zeros(4), 2000), 0.25, atol=0.04)
+
+
+def test_random_gives_every_image_the_same_chance() -> None:
+    firsts = [STRATEGIES["random"](make(4), np.random.default_rng(seed)).order[0] for seed in range(2000)]
+    np.testing.assert_allclose(np.bincount(firsts, minlength=4) / 2000, 0.25, atol=0.04)
+
+
+def test_magnitude_range_spreads_every_prefix() -> None:
+    order = ordered("magnitude-range", make(16, magnitude=np.arange(16.0)))
+    assert order[:7] == [8, 4, 12, 2, 6, 10, 14]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 100])
+def test_van_der_corput_names_every_place_once(size: int) -> None:
+    assert sorted(van_der_corput(size)) == list(range(size))
+
+
+def pointing(degrees: list[float], labelled: list[float], **scores: Any) -> Pool:
+    """A pool whose gradients point in these directions."""
+    pool = make(len(degrees), len(labelled), **scores)
+    ours, theirs = (
+        np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], 1).reshape(-1, 2)
+        for angles in (np.array(degrees, float), np.array(labelled, float))
+    )
+    return Pool(pool.scores, ours, pool.features, theirs, pool.labelled_features)
+
+
+def test_direction_range_avoids_what_is_labelled() -> None:
+    pool = pointing([5, 95, 0, 185], labelled=[0])
+    assert ordered("direction-range", pool) == [3, 1, 0, 2]
+
+
+def test_direction_range_avoids_what_it_chose_itself() -> None:
+    order = ordered("direction-range", pointing([0, 1, 120, 121, 240, 241], labelled=[]))
+    assert {place // 2 for place in order[:3]} == {0, 1, 2}
+
+
+def test_an_image_without_gradient_has_no_direction() -> None:
+    pool = pointing([5, 95, 185], labelled=[0])
+    pool.embedding[2] = 0
+    assert ordered("direction-range", pool) == [1, 0, 2]
+
+
+def test_length_does_not_count_for_direction() -> None:
+    pool = pointing([5, 95, 185], labelled=[0])
+    pool.embedding[0] *= 1e6
+    pool.embedding[2] *= 1e-6
+    assert ordered("direction-range", pool) == [2, 1, 0]
+
+
+def blobs(sizes: list[int], labelled: list[int], seed: int = 0) -> tuple[Pool, NDArray[np.intp]]:
+    """A pool of images in groups that are far apart in feature space, and the group of each."""
+    rng = np.random.default_rng(seed)
+    middles = rng.normal(size=(len(sizes), 8)) * 30
+    group = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    pool = make(len(group), len(labelled), seed)
+    features = middles[group] + rng.normal(size=(len(group), 8))
+    seen = middles[labelled] + rng.normal(size=(len(labelled), 8)) if labelled else np.zeros((0, 8))
+    return Pool(pool.scores, pool.embedding, features, pool.labelled_embedding, seen), group
+
+
+@pytest.mark.parametrize("name", ["coverage", "first-row"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_three_images_are_of_three_groups(name: str, seed: int) -> None:
+    pool, group = blobs([20, 30, 25], [], seed)
+    assert set(group[ordered(name, pool, seed)[:COVER]]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["coverage", "first-row"])
+def test_coverage_begins_where_nobody_labelled(name: str) -> None:
+    pool, group = blobs([40, 30, 5], [0, 1])
+    assert group[ordered(name, pool)[0]] == 2
+
+
+def test_where_every_group_has_a_label_the_one_with_the_fewest_comes_first() -> None:
+    pool, group = blobs([40, 40], [0] * 60 + [1])
+    assert group[ordered("coverage", pool)[0]] == 1
+
+
+def test_coverage_prefers_the_typical_image_of_a_group() -> None:
+    rng = np.random.default_rng(0)
+    features = np.concatenate([np.zeros((1, 4)), rng.normal(size=(40, 4)) * 3])
+    base = make(41)
+    order = ordered("coverage", Pool(base.scores, base.embedding, features, np.zeros((0, 12)), np.zeros((0, 4))))
+    assert order[0] == 0
+
+
+def test_coverage_of_a_sampled_pool_still_finds_all_groups() -> None:
+    pool, group = blobs([1500, 1200, 900], [])
+    assert set(group[ordered("coverage", pool)[:COVER]]) == {0, 1, 2}
+
+
+def test_first_row_multiplies_gradient_length_by_novelty_once_three_are_labelled() -> None:
+    pool = pointing([0, 90, 90, 10], labelled=[0, 0, 0], coarse_egl=np.array([100.0, 4.0, 9.0, 100.0]))
+    ranking = ask("first-row", pool)
+    novelty = 1 - np.cos(np.radians([0, 90, 90, 10]))
+    # The two at 90 degrees are copies: after the longer one the shorter one is nothing new.
+    assert [int(i) for i in ranking.order[:2]] == [2, 3]
+    assert ranking.utility[2] == pytest.approx(3 * novelty[2], abs=1e-5)
+    assert ranking.utility[3] == pytest.approx(10 * novelty[3], abs=1e-5)
+    assert ranking.utility[1] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("labelled", range(COVER + 1))
+def test_first_row_covers_only_what_is_missing_of_the_first_three(labelled: int) -> None:
+    pool, group = blobs([20, 20, 20], list(range(labelled)))
+    ranking, missing = ask("first-row", pool), COVER - labelled
+    assert set(group[ranking.order[:missing]]) == set(range(labelled, COVER))
+    then = (ranking.parts["gradient"] * ranking.parts["novelty"])[ranking.order[missing:]]
+    assert (np.diff(then) <= 1e-6).all()
+    assert ("typicality" in ranking.parts) == (missing > 0)
