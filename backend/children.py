@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,8 +18,17 @@ from backend.errors import JobError
 FAREWELL = ((signal.SIGTERM, 2.0), (signal.SIGTERM, 6.0), (signal.SIGKILL, 8.0))
 #: Seconds between two looks whether a child answers.
 LOOK = 0.05
-#: Number of the option PR_SET_PDEATHSIG of Linux's prctl.
-PARENT_DEATH_SIGNAL = 1
+#: What a child does before it becomes the command: ask the system (Linux) to kill it when we die. Not a `preexec_fn`:
+#: that runs every library's fork hooks, where Ctrl-C is lost and another thread's lock may never be released.
+LEASH = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent died at once")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 #: Variables, by their beginnings, that children get from us alone and never from our own environment.
 OURS = ("FIRSTROW_", "LABEL_STUDIO_", "REDIS_URL", "DJANGO_")
 
@@ -56,13 +64,12 @@ def child(name: str, command: list[str], folder: Path, environment: Mapping[str,
     log = folder / f"{name}.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", "-c", LEASH, str(os.getpid()), *command],
             env={**inherited(), **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in a terminal reaches us alone
-            preexec_fn=_leash(),
         )
     try:
         yield Child(name, process, log)
@@ -118,19 +125,3 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _leash() -> Callable[[], None]:
-    """What a child does before it becomes the command: ask the system to be killed when we die.
-
-    The library is loaded here: between fork and exec another thread's lock may never be released.
-    """
-    parent, library = os.getpid(), ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def hold() -> None:
-        if library is not None:
-            library.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # died before the line above
-            os._exit(1)
-
-    return hold

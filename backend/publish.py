@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -96,9 +96,7 @@ def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig
     return bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
 
 
-def send(
-    ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]
-) -> None:
+def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]) -> None:
     """Import one rank prediction per place; 0 is the head.
 
     The head's carry their prelabels: for projects whose first ML backend is another (Label Studio asks only that),
@@ -142,8 +140,16 @@ def clean_generations(ctx: Context, project: Project) -> None:
         if int(version.rpartition("-")[2]) < int(project.state().get("round", 0)):  # higher: a round publishing now
             ctx.studio.delete_version(project.id, version)
     backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
-    if backend is not None and queue and backend["title"] != queue:
+    if backend is not None and queue and backend["title"] != queue and is_first(ctx, project, backend):
         ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
+
+
+def is_first(ctx: Context, project: Project, backend: Mapping[str, Any]) -> bool:
+    """Whether Label Studio asks us: it asks the first ML backend of a project only, whichever has the right name.
+
+    Where it would ask another, ours must not have the name of the order: then the stored prelabels are served.
+    """
+    return all(int(other["id"]) >= int(backend["id"]) for other in ctx.studio.ml_backends(project.id))
 
 
 def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:
