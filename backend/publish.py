@@ -52,9 +52,10 @@ def publish_order(
     state = new_state(ctx, project, index, config, places, number)
     ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
     project.store.write_json(project.key("state.json"), state)
-    send(ctx, project, config, places, state)
-    # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
-    ctx.studio.patch_project(project.id, model_version=state["queue"])
+    if places:
+        send(ctx, project, config, places, state)
+        # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
+        ctx.studio.patch_project(project.id, model_version=state["queue"])
     project.store.write_json(project.key("ranking.json"), [asdict(place) for place in places])
     return state
 

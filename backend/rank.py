@@ -99,10 +99,9 @@ def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectCon
     wanted = coarse_wanted(ctx, everyone, counts, project.decided())
     if not wanted:
         return []
-    fresh = [i for i, r in enumerate(everyone) if r.stage == "new" and counts[i].any()]
     chosen = [i for i, r in enumerate(everyone) if r.coarse or r.labelled]
-    order = [int(i) for i in cover(counts, chosen, len(chosen) + len(fresh))]
-    picked = [i for i in order if i in set(fresh)][:wanted]
+    rows = chosen + [i for i, r in enumerate(everyone) if r.stage == "new" and not r.coarse and counts[i].any()]
+    picked = [rows[i] for i in cover(counts[rows], range(len(chosen)), wanted)]
     pixels = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return [(everyone[i].id, round(float((pixels[i] > 0.01).mean()), 4)) for i in picked]
 

@@ -1,0 +1,1 @@
+"""Learns: clusters, gradients, strategies, training. Knows arrays and torch; nothing of HTTP, Redis, Label Studio."""

@@ -356,6 +356,23 @@ def test_events_during_a_round_cause_the_next_and_none_is_dropped(
     assert team.backend.round(team.id) - before <= 4
 
 
+def test_a_project_may_be_finished_and_grow_again(
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), dict(list(pictures.items())[:2]))
+    before = team.attach()
+    for task in team.ranking():
+        team.segment(task)
+    before = team.wait(before)
+    assert team.ranking() == []
+    assert team.studio.next_task(team.id) is None
+    assert team.backend.context.board.error(team.id) is None
+    (added,) = team.studio.upload(team.id, [next(iter(pictures))])
+    team.wait(before)
+    assert team.ranking() == [added]
+    assert (team.studio.next_task(team.id) or {})["id"] == added
+
+
 def test_a_changed_annotation_is_learnt_again(
     share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
