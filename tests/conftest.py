@@ -126,7 +126,7 @@ class Backends:
         """The backend with these settings that all tests share: loading torch takes longer than most of them."""
         key = tuple(sorted(settings.items()))
         if key not in self.shared:
-            self.shared[key] = self.start(**settings)
+            self.shared[key] = self.start(True, **settings)
         return self.shared[key]
 
 
