@@ -57,17 +57,17 @@ class Annotator:
         shown = prelabel(task)
         coarse = self.config.coarse
         if coarse is not None and any(region.get("from_name") == coarse.name for region in shown):
-            return self.submit_coarse(task["id"], shown)
+            return self.submit_coarse(task, shown)
         result = self.full_result(task["id"])
-        self.studio.create_annotation(task["id"], result, lead_time=60.0)
+        self.studio.create_annotation(task["id"], result, lead_time=60.0, **started_from(task))
         return Work(task["id"], "full", 0, len(shown))
 
-    def submit_coarse(self, task: int, shown: list[dict[str, Any]]) -> Work:
+    def submit_coarse(self, task: Mapping[str, Any], shown: list[dict[str, Any]]) -> Work:
         """Give each cluster the coarse class of most of its pixels."""
-        result = [self.corrected(task, region) for region in shown]
-        self.studio.create_annotation(task, result, lead_time=5.0)
+        result = [self.corrected(task["id"], region) for region in shown]
+        self.studio.create_annotation(task["id"], result, lead_time=5.0, **started_from(task))
         fixed = sum(new["value"] != old["value"] for new, old in zip(result, shown, strict=True))
-        return Work(task, "coarse", fixed, len(shown))
+        return Work(task["id"], "coarse", fixed, len(shown))
 
     def corrected(self, task: int, region: dict[str, Any]) -> dict[str, Any]:
         """A cluster region with the label that the hidden mask gives it."""
@@ -90,10 +90,18 @@ class Annotator:
         return [{key: value for key, value in region.items() if key != "score"} for region in regions]
 
 
+def shown_prediction(task: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The prediction that a served task shows, None when it is served bare."""
+    predictions = sorted(task.get("predictions") or [], key=lambda p: int(p["id"]))
+    return next((p for p in reversed(predictions) if p.get("result")), None)
+
+
 def prelabel(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The regions that a served task shows before anybody labelled it."""
-    predictions = sorted(task.get("predictions") or [], key=lambda p: int(p["id"]))
-    for prediction in reversed(predictions):
-        if prediction.get("result"):
-            return list(prediction["result"])
-    return []
+    return list((shown_prediction(task) or {}).get("result", []))
+
+
+def started_from(task: Mapping[str, Any]) -> dict[str, int]:
+    """What Label Studio's editor submits of the prediction that an annotation was started from."""
+    prediction = shown_prediction(task)
+    return {} if prediction is None else {"parent_prediction": int(prediction["id"])}

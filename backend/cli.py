@@ -147,6 +147,7 @@ def _run_detach(given: argparse.Namespace) -> None:
     for sentence in attach.detach(ctx.studio, given.project, ctx.settings):
         _say(sentence)
     ctx.board.forget(given.project)
+    ctx.project(given.project).forget_order()
 
 
 def _run_status(given: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ from backend.label_config import ProjectConfig, parse
 from backend.learn import is_trained, load_network, network_key
 from backend.project import Project
 from backend.settings import Settings
+from model.classes import Classes
 from model.data import Folder
 from model.field import write_folder
 from model.metrics import confusion, iou, mean_iou
+from model.pictures import palette
 from model.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -128,6 +131,16 @@ def started(folder: Path) -> Iterator[Services]:
         manager.__exit__(None, None, None)
 
 
+def label_config(classes: Classes) -> str:
+    """The label config that ships with First Row, where it has these classes; else one like it."""
+    shipped = Path(__file__).resolve().parent.parent / "label_config.xml"
+    if shipped.is_file() and set(parse(shipped.read_text("utf-8")).classes.fine) == set(classes.fine):
+        return shipped.read_text("utf-8")
+    colours = ["#" + bytes(colour).hex() for colour in palette(len(classes.fine))]
+    pairs = zip(classes.fine, colours, strict=True)
+    return LABELS.format(labels="\n".join(f'      <Label value={quoteattr(n)} background="{c}"/>' for n, c in pairs))
+
+
 def rendered(folder: Path) -> Folder:
     """A rendered field: the target whose masks the demo hides."""
     if not (folder / "dataset.json").is_file():
@@ -161,8 +174,7 @@ class Demo:
     def create(self) -> None:
         """A project of pictures, as a team would have it."""
         classes = self.images.classes
-        labels = "\n".join(f'      <Label value="{name}"/>' for name in classes.fine)
-        made = self.context.studio.create_project(f"First Row: {self.images.path.name}", LABELS.format(labels=labels))
+        made = self.context.studio.create_project(f"First Row: {self.images.path.name}", label_config(classes))
         self.id = int(made["id"])
         names = self.images.names("train")
         with bar() as progress:

@@ -13,14 +13,16 @@ from functools import wraps
 from typing import Concatenate, ParamSpec
 
 from backend.attach import check
+from backend.connection import our_backend
 from backend.context import Context, context
 from backend.enqueue import progress
 from backend.errors import FirstRowError, LabelStudioError
+from backend.generations import clean_generations
 from backend.learn import read_scores, score_tasks, scores_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
-from backend.publish import call_back, clean_generations, in_force, publish_order
+from backend.publish import call_back, in_force, publish_order
 from backend.rank import rank
 from backend.sync import listing, refresh_config, sync
 
@@ -151,6 +153,10 @@ def reconcile(ctx: Context, project: Project) -> None:
         if error.status != 404:
             raise
         log.warning("project %d is gone from Label Studio, or our key may not see it: forgotten", project.id)
+        ctx.board.forget(project.id)
+        return
+    if our_backend(ctx.studio, project.id, ctx.settings) is None:
+        log.info("project %d is not attached: forgotten", project.id)
         ctx.board.forget(project.id)
         return
     for sentence in check(ctx.studio, project.id, ctx.settings):

@@ -20,6 +20,8 @@ COARSE_NAMES = ("coarse", "firstrow_coarse")
 MIXED_LABEL = "Mixed"
 #: Labels that mean what nobody looks for; earlier ones win.
 BACKGROUND_LIKE = ("background", "bare soil", "soil", "bare ground", "ground", "earth")
+#: What is asked of a person.
+TASK = "Clusters: click a wrong one in the list, press its key"
 #: Class of the view around our control: says what to take away again.
 OURS = "firstrow-coarse"
 #: The order in which Label Studio gives keys to labels without one.
@@ -279,10 +281,18 @@ def with_coarse(xml: str, classes: Classes) -> str:
     if not name:
         raise ConfigError(f"the names {' and '.join(COARSE_NAMES)} are taken in the label config: rename one")
     source = xml.encode()
-    before = source[: fine.start]
+    start = above(fine, elements).start
+    before = source[:start]
     gap = before[len(before.rstrip()) :].decode()
     block = coarse_block(name, fine.attributes.get("toName", ""), classes, free_keys(elements))
-    return before.decode() + block + gap + source[fine.start :].decode()
+    return before.decode() + block + gap + source[start:].decode()
+
+
+def above(control: Element, elements: Sequence[Element]) -> Element:
+    """The heading directly above a control, else the control itself."""
+    same = [e for e in elements if e.parent is control.parent and e.start < control.start]
+    last = max(same, key=lambda e: e.start, default=control)
+    return last if last.tag == "Header" else control
 
 
 def coarse_block(name: str, image: str, classes: Classes, keys: Iterable[str]) -> str:
@@ -294,7 +304,7 @@ def coarse_block(name: str, image: str, classes: Classes, keys: Iterable[str]) -
         parts = {"value": label, "background": colour, "hotkey": key, "classes": ",".join(fine)}
         said = " ".join(f"{part}={quoteattr(value)}" for part, value in parts.items() if value)
         labels.append(f"<Label {said}/>")
-    head = f'<View className="{OURS}"><Header value="Clusters: fix the wrong ones" size="5"/>'
+    head = f'<View className="{OURS}"><Header value={quoteattr(TASK)} size="5"/>'
     control = f'<BrushLabels name="{name}" toName={quoteattr(image)} opacity="0.5">'
     return f"{head}{control}{''.join(labels)}</BrushLabels></View>"
 

@@ -225,6 +225,10 @@ class LabelStudio:
         """All predictions of a task with their regions."""
         return list(self.http.call("GET", "/api/predictions/", params={"task": task}))
 
+    def patch_prediction(self, prediction: int, **fields: object) -> None:
+        """Change a prediction; its id stays, and with it what people started from it."""
+        self.http.call("PATCH", f"/api/predictions/{prediction}/", body=fields)
+
     def delete_prediction(self, prediction: int) -> None:
         """Delete one prediction; fine if it is already gone."""
         self._delete(f"/api/predictions/{prediction}/")

@@ -150,6 +150,11 @@ class Project:
         """The small state written at each publish; empty before the first."""
         return dict(self.store.read_json(self.key("state.json")) or {})
 
+    def forget_order(self) -> None:
+        """The project has no order of ours any more (detach); models, maps and scores stay for another time."""
+        for name in ("state.json", "ranking.json", "generations.json"):
+            self.store.delete(self.key(name))
+
     def decided(self) -> NDArray[np.uint8]:
         """(k,) coarse class of each cluster by the votes so far; MIXED and UNKNOWN allow every class."""
         saved = self.store.read_json(self.key("votes.json")) or {}

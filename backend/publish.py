@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from backend.connection import OURS, credentials, our_backend, signed
+from backend.connection import our_backend, signed
 from backend.context import Context
 from backend.errors import JobError, LabelStudioError
+from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, model_info, network_key, scores_key
 from backend.prelabels import regions
@@ -21,15 +22,8 @@ from backend.rank import Place, guesses
 
 log = logging.getLogger(__name__)
 
-#: Rank predictions, and versions that `/setup` names, start like this and end in the round's number.
-QUEUE, VERSION = "first-row", "seg"
 #: Predictions per request: well below Label Studio's request limit, even with prelabels for the head.
 CHUNK = 5000
-
-
-def queue_name(number: int) -> str:
-    """Title of our ML backend, and version of the rank predictions, in round `number`."""
-    return f"{QUEUE}-{number}"
 
 
 def publish_order(
@@ -56,6 +50,7 @@ def publish_order(
         send(ctx, project, config, places, state)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
+    remember(project, number, [place.task for place in places])
     project.store.write_json(project.key("ranking.json"), [asdict(place) for place in places])
     return state
 
@@ -126,31 +121,6 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
     """Delete the predictions of one version, if there are any."""
     if version in ctx.studio.versions(project.id):
         ctx.studio.delete_version(project.id, version)
-
-
-def clean_generations(ctx: Context, project: Project) -> None:
-    """Delete rank predictions and prelabels of earlier rounds; keeps people's coarse copies and others' versions.
-
-    Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
-    name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
-    """
-    before = project.extra().get("before", {}).get("versions", [])
-    for version in ctx.studio.versions(project.id):
-        if not OURS.fullmatch(version) or version in before:
-            continue
-        if int(version.rpartition("-")[2]) < int(project.state().get("round", 0)):  # higher: a round publishing now
-            ctx.studio.delete_version(project.id, version)
-    backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
-    if backend is not None and queue and backend["title"] != queue and is_first(ctx, project, backend):
-        ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
-
-
-def is_first(ctx: Context, project: Project, backend: Mapping[str, Any]) -> bool:
-    """Whether Label Studio asks us: it asks the first ML backend of a project only, whichever has the right name.
-
-    Where it would ask another, ours must not have the name of the order: then the stored prelabels are served.
-    """
-    return all(int(other["id"]) >= int(backend["id"]) for other in ctx.studio.ml_backends(project.id))
 
 
 def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:

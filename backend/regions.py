@@ -218,7 +218,7 @@ def label_pieces(seen: Map, cut: Map) -> tuple[NDArray[np.int32], Ints, Ints]:
     key = seen.astype(np.int32) * 256 + cut
     owner = [IGNORE]
     for value in np.unique(key[seen != IGNORE]):
-        count, numbers = cv2.connectedComponents((key == value).astype(np.uint8), connectivity=4)
+        count, numbers = cv2.connectedComponents((key == value).astype(np.uint8), connectivity=8)
         here = numbers > 0
         pieces[here] = numbers[here] + len(owner) - 1
         owner += [int(value) // 256] * (count - 1)

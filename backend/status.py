@@ -65,7 +65,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     if found["stages"]:
         console.print(_table("Tasks", list(found["stages"]), [list(found["stages"].values())]))
     if found["head"]:
-        console.print(_table("Head of the queue", ["", "task", "asks for", "score", "parts"], _places(found["head"])))
+        console.print(_table("Head of the queue", ["", "task", "asks for", "utility", "parts"], _places(found["head"])))
     if found["jobs"]:
         console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
     workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]

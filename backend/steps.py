@@ -67,9 +67,9 @@ class Found:
 def steps(found: Found) -> Iterator[Step]:
     """The changes that are still to be made."""
     yield from connection_steps(found)
+    yield from webhook_steps(found)
     yield from config_steps(found)
     yield from flag_steps(found)
-    yield from webhook_steps(found)
     yield from tab_steps(found)
 
 

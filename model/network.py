@@ -162,7 +162,7 @@ def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
         return cast(Mapping[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise PretrainedError(
-            f"its pretrained backbone cannot be downloaded from {weights.url} ({error}); "
+            f"its pretrained backbone cannot be downloaded from {weights.url} ({type(error).__name__}); "
             f"put that file into {cached.parent} to use it"
         ) from error
 

@@ -15,10 +15,11 @@ import pytest
 from conftest import Backend
 from numpy.typing import NDArray
 
-from backend.annotator import Annotator, prelabel
+from backend.annotator import Annotator, prelabel, shown_prediction
 from backend.attach import apply, plan
 from backend.connection import signed
 from backend.embedded import start_serve, start_worker
+from backend.generations import KEEP_ORDERS, clean_generations, expired
 from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
 from backend.project import COARSE_COPY, Project
@@ -371,6 +372,51 @@ def test_a_project_may_be_finished_and_grow_again(
     team.wait(before)
     assert team.ranking() == [added]
     assert (team.studio.next_task(team.id) or {})["id"] == added
+
+
+def test_work_begun_before_a_round_can_be_submitted_after_it(
+    share_backend: Callable[..., Backend],
+    make_user: Callable[[str], LabelStudio],
+    pictures: dict[Path, NDArray[np.uint8]],
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    before = team.coarse()
+    anna = make_user("anna")
+    opened = anna.next_task(team.id)
+    assert opened is not None
+    fetched = shown_prediction(opened)
+    head = next(p for p in team.studio.predictions(opened["id"]) if p["model_version"].startswith("first-row"))
+    assert fetched is not None
+    assert fetched["id"] != head["id"], "one is asked for when the task is served, one travels with the order"
+    for _ in range(2):
+        work = team.annotator().label_next()
+        assert work is not None
+        assert work.task != opened["id"]
+        before = team.wait(before)
+    history = team.project.store.read_json(team.project.key("generations.json"))
+    for entry in history.values():
+        entry["published"] -= KEEP_ORDERS + 60
+    team.project.store.write_json(team.project.key("generations.json"), history)
+    clean_generations(team.backend.context, team.project)
+    kept = {p["id"]: p["model_version"] for p in team.studio.predictions(opened["id"])}
+    assert {fetched["id"], head["id"]} <= set(kept)
+    assert head["model_version"] not in kept.values(), "the order itself is gone"
+    result = team.annotator().full_result(opened["id"])
+    anna.create_annotation(opened["id"], result, parent_prediction=fetched["id"])
+    anna.create_annotation(opened["id"], result, parent_prediction=head["id"])
+
+
+def test_old_orders_go_and_what_may_be_open_stays() -> None:
+    now = time.time()
+    known = {str(n): {"published": now - 60 * (100 - n), "head": []} for n in range(100)}
+    known["97"]["published"] = now - 2 * KEEP_ORDERS
+    old = {f"first-row-{n}": n for n in range(80, 99)} | {f"seg-{n}": n for n in range(80, 99)}
+    gone = expired(old, dict.fromkeys(old, 10), known)
+    assert gone == ["first-row-97"]
+    assert len(expired(old, dict.fromkeys(old, 20_000), known)) == 18
+    known["80"]["published"] = now - 3 * 24 * 3600
+    assert "seg-80" in expired(old, dict.fromkeys(old, 10), known)
 
 
 def test_a_changed_annotation_is_learnt_again(

@@ -1,0 +1,117 @@
+"""Old rank predictions and prelabels: deleted when nobody can have them open any more.
+
+Label Studio's editor submits an annotation with the id of the prediction it started from, and refuses the annotation
+when that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the
+head's, and what was fetched for a served task) by days, the many others by as long as a task may be open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from backend.connection import OURS, credentials, our_backend
+from backend.context import Context
+from backend.project import HEAD, Project
+
+#: Rank predictions, and versions that `/setup` names, start like this and end in the round's number.
+QUEUE, VERSION = "first-row", "seg"
+#: Seconds that prelabels of served tasks are kept; Label Studio holds a task for a person for a day.
+KEEP_PRELABELS = 2 * 24 * 3600
+#: Seconds that a superseded order is kept, for people who opened one of its tasks from the Data Manager ...
+KEEP_ORDERS = 3600
+#: ... but no more of them than this, and no more predictions in all.
+MOST_ORDERS, MOST_PREDICTIONS = 20, 50_000
+
+
+def queue_name(number: int) -> str:
+    """Version of the rank predictions of round `number`, and title of our ML backend while it is in force."""
+    return f"{QUEUE}-{number}"
+
+
+def remember(project: Project, number: int, tasks: Sequence[int]) -> None:
+    """Keep when an order was published, and which tasks are its head.
+
+    Args:
+        project: whose order it is.
+        number: the round.
+        tasks: in their order.
+    """
+    known = history(project)
+    known[str(number)] = {"published": time.time(), "head": list(tasks[:HEAD])}
+    project.store.write_json(project.key("generations.json"), known)
+
+
+def history(project: Project) -> dict[str, Any]:
+    """What is known of earlier orders, by round."""
+    return dict(project.store.read_json(project.key("generations.json")) or {})
+
+
+def clean_generations(ctx: Context, project: Project) -> None:
+    """Delete predictions of ours that are too old to be open anywhere.
+
+    Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
+    name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
+    """
+    current, known = int(project.state().get("round", 0)), history(project)
+    mine = set(project.extra().get("before", {}).get("versions", []))
+    versions = {v: n for v, n in ctx.studio.versions(project.id).items() if OURS.fullmatch(v) and v not in mine}
+    rounds = {version: int(version.rpartition("-")[2]) for version in versions}
+    for number in {number for number in rounds.values() if number < current and str(number) not in known}:
+        known[str(number)] = {"published": time.time(), "head": []}  # the store was lost: count from now
+    old = {version: number for version, number in rounds.items() if number < current}
+    for version in expired(old, versions, known):
+        release_head(ctx, project, version, known[str(old[version])]["head"])
+        ctx.studio.delete_version(project.id, version)
+    left = {number for version, number in rounds.items() if version in ctx.studio.versions(project.id)}
+    kept = {number: entry for number, entry in known.items() if int(number) in left | {current}}
+    project.store.write_json(project.key("generations.json"), kept)
+    take_name(ctx, project)
+
+
+def expired(old: Mapping[str, int], sizes: Mapping[str, int], known: Mapping[str, Any]) -> list[str]:
+    """Versions that may go, the oldest first.
+
+    Args:
+        old: round of each superseded version.
+        sizes: predictions of each version.
+        known: publishing time by round.
+    """
+    age = {version: time.time() - known[str(number)]["published"] for version, number in old.items()}
+    orders = sorted((v for v in old if v.startswith(QUEUE)), key=lambda version: -old[version])
+    total = 0
+    gone = [v for v in old if not v.startswith(QUEUE) and age[v] > KEEP_PRELABELS]
+    for kept, version in enumerate(orders, 1):
+        total += sizes[version]
+        if age[version] > KEEP_ORDERS or kept > MOST_ORDERS or total > MOST_PREDICTIONS:
+            gone.append(version)
+    return sorted(gone, key=lambda version: old[version])
+
+
+def release_head(ctx: Context, project: Project, version: str, head: Sequence[int]) -> None:
+    """Have the head's prelabels outlive their order: they move to the version of served prelabels, ids and all."""
+    if not version.startswith(QUEUE):
+        return
+    later = f"{VERSION}-{version.rpartition('-')[2]}"
+    for task in ctx.studio.full_tasks(project.id, head):
+        if task.get("annotations"):
+            continue  # submitted: the annotation does not need it any more
+        for prediction in task.get("predictions") or []:
+            if prediction.get("model_version") == version:
+                ctx.studio.patch_prediction(int(prediction["id"]), model_version=later)
+
+
+def take_name(ctx: Context, project: Project) -> None:
+    """Give our ML backend the name of the order in force, where Label Studio asks us for prelabels."""
+    backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
+    if backend is not None and queue and backend["title"] != queue and is_first(ctx, project, backend):
+        ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
+
+
+def is_first(ctx: Context, project: Project, backend: Mapping[str, Any]) -> bool:
+    """Whether Label Studio asks us: it asks the first ML backend of a project only, whichever has the right name.
+
+    Where it would ask another, ours must not have the name of the order: then the stored prelabels are served.
+    """
+    return all(int(other["id"]) >= int(backend["id"]) for other in ctx.studio.ml_backends(project.id))
