@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from backend.label_config import parse, without_coarse
-
 from backend.connection import FLAGS, OURS, digest, note_of, our_backend, our_tabs, our_webhooks, unsigned
 from backend.errors import ConfigError, LabelStudioError
+from backend.label_config import parse, without_coarse
 from backend.labelstudio import LabelStudio, Row
 from backend.project import COARSE_COPY
 from backend.settings import Settings
