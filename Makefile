@@ -7,7 +7,9 @@ PIP := -m pip --disable-pip-version-check install --no-deps
 UV := .venv-lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 SUPPORTED := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("needs Python 3.11 to 3.13: make PYTHON=...")
 
-.PHONY: demo test lint serve lock clean
+.PHONY: install demo test lint serve lock clean
+
+install: $(VENV)/installed  # the `firstrow` command alone, in .venv/bin
 
 demo: $(VENV)/installed $(STUDIO)/installed  # the whole loop; DATA=folder, ARGS=--exit
 	$(BIN)/firstrow demo $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -265,7 +265,12 @@ def test_masks_make_the_way_to_label_studio_and_back(
     names = [*team.config.classes.fine, *["unknown"] * 253]
     truth = team.masks[task]
     same = np.array([names[c] for c in stored.ravel()]) == np.array(["soil", "crop", "weed"])[truth.ravel()]
-    assert same.mean() == 1 if tag != "PolygonLabels" else same.mean() > 0.99
+    if tag == "PolygonLabels":  # outlines are not pixels, and specks get no polygon of their own
+        known = stored.ravel() != 255
+        assert known.mean() > 0.9
+        assert same[known].mean() > 0.98
+    else:
+        assert same.all()
     served = prelabel(team.studio.next_task(team.id) or {})
     assert {region["type"] for region in served} == {tag.lower()}
 
