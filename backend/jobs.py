@@ -18,12 +18,13 @@ from backend.context import Context, context
 from backend.enqueue import progress
 from backend.errors import FirstRowError, LabelStudioError
 from backend.generations import clean_generations
-from backend.learn import read_scores, score_tasks, scores_key, train_round, untrained_labels
+from backend.learn import train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from backend.publish import call_back, in_force, publish_order
 from backend.rank import rank
+from backend.score import read_scores, score_tasks, scores_key
 from backend.sync import listing, refresh_config, sync
 
 log = logging.getLogger(__name__)

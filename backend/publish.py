@@ -14,11 +14,12 @@ from backend.context import Context
 from backend.errors import JobError, LabelStudioError
 from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
-from backend.learn import is_trained, model_info, network_key, scores_key
+from backend.learn import is_trained, model_info, network_key
 from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import COARSE_COPY, HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
+from backend.score import scores_key
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.label_config import ProjectConfig
-from backend.learn import COLUMNS, Scores, is_trained, network_key, read_scores
+from backend.learn import is_trained, network_key
 from backend.prepare import clusters_name, histograms
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
+from backend.score import COLUMNS, Scores, read_scores
 from model.classes import MIXED, UNKNOWN
 from model.clusters import cover, vegetation_guess
 from model.strategies import STRATEGIES, Pool, Ranking

@@ -1,0 +1,122 @@
+"""Scores of the project's images under the network in force, in the store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.errors import ImageFetchError
+from backend.label_config import ProjectConfig
+from backend.learn import device, load_network, network_key
+from backend.prepare import clusters_name, target_of
+from backend.project import Index, Project, TaskRecord
+from model.classes import Classes
+from model.pseudo import fine_target
+from model.scoring import ImageScore, Scorer
+
+log = logging.getLogger(__name__)
+
+#: The float columns of a score file, in order.
+COLUMNS = tuple(f.name for f in fields(ImageScore) if f.type in ("float", float))
+
+
+@lru_cache(maxsize=2)
+def scorer(ctx: Context, project: Project, key: str, classes: Classes) -> Scorer:
+    """The network of that name, ready to score: loaded once per worker and version."""
+    return Scorer(load_network(ctx, project, classes)[0], classes, device())
+
+
+def scores_key(ctx: Context, project: Project, config: ProjectConfig) -> str:
+    """Names scores that may be compared: same network, same meaning of the clusters, same classes."""
+    clusters, decided = clusters_name(ctx, project), project.decided().tobytes()
+    said = f"{clusters}:{decided!r}:{config.classes}:{ctx.settings.image_size}"
+    return f"{network_key(ctx, project, config.classes)}-{hashlib.sha1(said.encode()).hexdigest()[:12]}"
+
+
+def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig) -> None:
+    """Score images and keep scores, embeddings and the network's masks in the store."""
+    key, folder = network_key(ctx, project, config.classes), scores_key(ctx, project, config)
+    network, rows, kept = scorer(ctx, project, key, config.classes), [], []
+    for done, (record, image, target) in enumerate(inputs(ctx, project, records, config)):
+        score = network.score(image, target)
+        project.save_prediction(key, record.id, score.prediction, score.confidence)
+        rows.append(score)
+        kept.append(record)
+        progress(done + 1, len(records))
+    if kept:
+        name = hashlib.sha1(repr([(r.id, r.version) for r in kept]).encode()).hexdigest()[:16]
+        project.store.write_arrays(project.key("scores", folder, f"{name}.npz"), as_arrays(kept, rows))
+
+
+def inputs(
+    ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig
+) -> Iterator[tuple[TaskRecord, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Each usable image with its target: the annotation mask where there is one, else the pseudo ground truth."""
+    clusters, decided = clusters_name(ctx, project), project.decided()
+    for record in records:
+        try:
+            image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
+        except ImageFetchError as error:
+            log.warning("project %d, task %d is not scored: %s", project.id, record.id, error)
+            continue
+        mask = project.store.read_map(project.label_key(record.id)) if record.labelled else None
+        target = (
+            target_of(project, record, clusters, decided, config)
+            if mask is None
+            else np.asarray(fine_target(mask, config.classes), np.uint8)
+        )
+        if target is None:
+            target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
+        yield record, image, target
+
+
+def as_arrays(records: Sequence[TaskRecord], scores: Sequence[ImageScore]) -> dict[str, NDArray[Any]]:
+    """A score file: ids, label versions, the float columns, embeddings and features."""
+    return {
+        "task": np.array([r.id for r in records], np.int64),
+        "version": np.array([r.version for r in records], "U12"),
+        "columns": np.array([[getattr(s, name) for name in COLUMNS] for s in scores], np.float64),
+        "embedding": np.stack([s.embedding for s in scores]).astype(np.float32),
+        "features": np.stack([s.features for s in scores]).astype(np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of many tasks under one network and one meaning of the clusters, by task id."""
+
+    rows: dict[int, int]
+    columns: NDArray[np.float64]
+    embedding: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+    def column(self, name: str, tasks: Sequence[int]) -> NDArray[np.float64]:
+        """(N,) one score of each task."""
+        return self.columns[[self.rows[t] for t in tasks], COLUMNS.index(name)]
+
+
+def read_scores(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> Scores:
+    """All scores that may be compared now, of tasks whose labels are still as they were when scored."""
+    parts: list[dict[str, NDArray[Any]]] = []
+    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
+        part = project.store.read_arrays(key)
+        if part is not None:
+            parts.append(part)
+    if not parts:
+        return Scores({}, np.zeros((0, len(COLUMNS))), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = {
+        int(task): row
+        for row, (task, version) in enumerate(zip(joined["task"], joined["version"], strict=True))
+        if int(task) in index and index[int(task)].version == str(version)
+    }
+    return Scores(rows, joined["columns"], joined["embedding"], joined["features"])
