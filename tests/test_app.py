@@ -77,7 +77,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterato
 @pytest.fixture
 def served(running: Served) -> Served:
     """The web process, its Redis and store empty."""
-    running.board.redis.flushall()
+    running.board.redis.flushdb()
     running.store.delete_prefix("projects")
     return running
 
@@ -115,7 +115,7 @@ def test_first_setup_of_a_project_has_it_looked_at(served: Served) -> None:
 def test_setup_names_the_version_in_force(served: Served) -> None:
     fill(served)
     assert served.post("/setup", {"project": f"22.{STAMP}"}).json() == {"model_version": "seg-4"}
-    served.board.redis.flushall()  # a Redis that lost everything
+    served.board.redis.flushdb()  # a Redis that lost everything
     assert served.post("/setup", {"project": f"22.{STAMP}"}).json() == {"model_version": "seg-4"}
 
 
@@ -295,7 +295,7 @@ def test_label_studio_itself_reaches_us(
 ) -> None:
     given = {**settings(tmp_path, redis_url), "LABEL_STUDIO_URL": studio.url, "LABEL_STUDIO_API_KEY": studio.token}
     board, header = Board(redis_url), {"Authorization": f"Token {studio.token}"}
-    board.redis.flushall()
+    board.redis.flushdb()
     project = int(label_studio.create_project(title="field", label_config=CONFIG)["id"])
     with start_serve(tmp_path, given):
         attach.apply(attach.plan(label_studio, project, Settings.read(given)))

@@ -24,7 +24,7 @@ from backend.store import Store
 def environment(redis_url: str, tmp_path: Path) -> dict[str, str]:
     """Settings with an empty Redis, and a Label Studio that does not answer."""
     with Redis.from_url(redis_url) as redis:
-        redis.flushall()
+        redis.flushdb()
     return {
         "REDIS_URL": redis_url,
         "LABEL_STUDIO_URL": "http://127.0.0.1:9",

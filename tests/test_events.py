@@ -20,7 +20,7 @@ TASK = {"id": 31, "data": {"image": "/data/upload/22/a.jpg"}, "project": 22}
 def board(redis_url: str) -> Iterator[Board]:
     """An empty board."""
     board = Board(redis_url)
-    board.redis.flushall()
+    board.redis.flushdb()
     yield board
     board.redis.close()
 

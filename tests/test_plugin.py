@@ -21,7 +21,7 @@ def where(redis_url: str, tmp_path: Path) -> Iterator[Context]:
     """Doors to an empty Redis and an empty store."""
     settings = {"LABEL_STUDIO_API_KEY": "0" * 40, "REDIS_URL": redis_url, "FIRSTROW_STORE": str(tmp_path)}
     found = connect(Settings.read(settings))
-    found.board.redis.flushall()
+    found.board.redis.flushdb()
     yield found
     found.board.redis.close()
 
