@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import requests
 import yaml
 from redis import Redis
 
-from backend.children import child, inherited, wait
+from backend.children import Child, child, inherited, wait
 from backend.embedded import LOOPBACK, free_port
 from backend.settings import Settings
 
@@ -181,6 +180,12 @@ def command(dockerfile: list[tuple[str, str]], compose: dict[str, Any], service:
     return [str(Path(sys.executable).parent / entry[0]), *entry[1:], *compose["services"][service]["command"]]
 
 
+def ended(running: Child) -> int:
+    """The exit status after the one SIGTERM by which a container is stopped."""
+    running.process.terminate()
+    return running.process.wait(30)
+
+
 def test_serve_answers_and_is_healthy(
     dockerfile: list[tuple[str, str]], compose: dict[str, Any], environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -195,6 +200,9 @@ def test_serve_answers_and_is_healthy(
         wait(healthy, running, 60)
         answer = requests.get(f"{environment['FIRSTROW_URL']}/health", timeout=10)
         assert answer.json()["status"] == "UP"
+        versions = requests.get(f"{environment['FIRSTROW_URL']}/versions", timeout=10)
+        assert versions.json() == {"versions": []}  # nothing is attached yet
+        assert ended(running) == 0
     assert not healthy()
 
 
@@ -205,7 +213,5 @@ def test_worker_listens_on_its_queues(
         with child("worker", command(dockerfile, compose, "worker"), tmp_path, environment) as running:
             wait(lambda: bool(redis.smembers("rq:workers")), running, 120)
             assert redis.smembers("rq:workers:gpu") == redis.smembers("rq:workers:default")
-        until = time.monotonic() + 30
-        while redis.smembers("rq:workers"):  # it says good-bye when it is told to stop
-            assert time.monotonic() < until
-            time.sleep(0.05)
+            assert ended(running) == 0
+        assert redis.smembers("rq:workers") == set()  # it said good-bye

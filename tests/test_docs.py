@@ -19,6 +19,7 @@ from backend.label_config import parse
 from backend.labelstudio import LabelStudio
 from backend.settings import OTHERS, Settings
 from model.field import render
+from model.network import NETWORKS
 from model.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -62,15 +63,17 @@ def test_every_setting_is_in_the_readme_with_its_default() -> None:
     assert table.keys() == {field.alias for field in Settings.model_fields.values()}
     for field in Settings.model_fields.values():
         cell, default = table[str(field.alias)][0], field.get_default()
-        if isinstance(default, str | int | Path) and default != "":
-            assert f"`{default}`" in cell, field.alias
-        elif not isinstance(default, float | tuple):
+        if isinstance(default, str | int | float | Path) and default != "":
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            assert f"`{shown}`" in cell, field.alias
+        else:
             assert "`" not in cell, field.alias
 
 
 def test_variables_in_the_readme_exist() -> None:
     named = set(re.findall(r"\b(?:FIRSTROW|LABEL_STUDIO)_[A-Z_]*[A-Z]", README))
-    assert named <= {field.alias for field in Settings.model_fields.values()} | OTHERS
+    asked = set(re.findall(r"\$\{(\w+)", (ROOT / "docker" / "compose.yaml").read_text()))
+    assert named <= {field.alias for field in Settings.model_fields.values()} | OTHERS | asked
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -94,6 +97,24 @@ def test_every_make_target_is_in_the_readme() -> None:
 
 def test_every_strategy_is_in_the_readme() -> None:
     assert rows("name").keys() == set(STRATEGIES)
+
+
+def test_every_network_is_in_the_readme() -> None:
+    section = README.partition("\nNetworks, ")[2].partition("Without internet")[0]
+    assert set(re.findall(r"`([^`]+)`", section)) == set(NETWORKS)
+
+
+def test_the_readme_says_how_the_api_key_of_compose_is_chosen() -> None:
+    compose = (ROOT / "docker" / "compose.yaml").read_text()
+    chosen = "export LABEL_STUDIO_API_KEY=$(openssl rand -hex 20) LABEL_STUDIO_PASSWORD=..."
+    assert chosen in README
+    assert chosen in compose
+
+
+def test_changes_are_noted_before_a_release() -> None:
+    _, *sections = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert sections[0].startswith("[Unreleased]\n")
+    assert "\n- " in sections[0]
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in subcommands())])
@@ -158,7 +179,14 @@ def test_locks_hold_what_is_declared() -> None:
 
 
 def test_no_committed_file_names_an_index() -> None:
-    words = ["index" + "-url", "find" + "-links", "trusted" + "-host", "pypi" + ".org", "python" + "hosted"]
+    words = [
+        "index" + "-url",
+        "find" + "-links",
+        "trusted" + "-host",
+        "pypi" + ".org",
+        "python" + "hosted",
+        "registry.npm" + "js",
+    ]
     for path in committed():
         text = path.read_text(errors="ignore")
         assert not [word for word in words if word in text], path

@@ -20,7 +20,7 @@ from redis import Redis
 
 from backend import embedded
 from backend.children import Child, child, stop, wait
-from backend.embedded import Studio, start_redis, start_studio
+from backend.embedded import LOOPBACK, Studio, free_port, start_redis, start_serve, start_studio
 from backend.errors import JobError
 
 #: Starts everything, says where, and stays.
@@ -126,6 +126,13 @@ def test_a_child_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
         child("thing", command, tmp_path, {}) as running,
     ):
         wait(lambda: False, running, 30)
+
+
+def test_a_service_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None:
+    settings = {"FIRSTROW_URL": f"http://{LOOPBACK}:{free_port()}", "FIRSTROW_STORE": str(tmp_path / "store")}
+    wanted = r"(?s)serve ended with status 1.*serve\.log:.*LABEL_STUDIO_API_KEY: must be set"
+    with pytest.raises(JobError, match=wanted), start_serve(tmp_path, settings):
+        pass
 
 
 def test_a_child_that_does_not_answer_is_told_with_its_log(tmp_path: Path) -> None:
