@@ -71,10 +71,10 @@ class Seen(NamedTuple):
 
 
 class Scorer:
-    """Scores images by one network on one device; keeps a faster copy of it.
+    """Scores images by one network on one device, with a faster copy of it; the network itself is left alone.
 
     Attributes:
-        network: as given, in evaluation mode.
+        network: as given.
         classes: fine and coarse classes.
     """
 
@@ -82,7 +82,7 @@ class Scorer:
         """Make the copy.
 
         Args:
-            network: gives one logit per fine class; is put into evaluation mode.
+            network: gives one logit per fine class; in whatever mode, it is scored in evaluation mode.
             classes: fine and coarse classes.
             device: as torch names it; on CUDA the forward pass runs in half precision.
 
@@ -91,13 +91,14 @@ class Scorer:
         """
         if network.num_classes != len(classes.fine):
             raise ValueError(f"the network knows {network.num_classes} classes, not {', '.join(classes.fine)}")
-        self.network, self.classes, self._device = network.eval(), classes, torch.device(device)
+        self.network, self.classes, self._device = network, classes, torch.device(device)
         self._sets = torch.from_numpy(classes.sets()).to(self._device)
         self._coarse_of = torch.from_numpy(classes.coarse_of()).to(self._device)
         # Coarse class that a row of the target names; -1 for "any class".
         named = [*classes.coarse_of(), *range(len(classes.coarse)), -1]
         self._named = torch.tensor(named, device=self._device)
-        self._copy = fold_batch_norms(copy.deepcopy(network)).to(self._device).to(memory_format=torch.channels_last)
+        folded = fold_batch_norms(copy.deepcopy(network).eval())
+        self._copy = folded.to(self._device).to(memory_format=torch.channels_last)
         self._layers: list[Tensor] = []
         self._backbone: list[Tensor] = []
         for layer in self._copy.last_layers():
@@ -171,7 +172,7 @@ def gradient_map(
     """How strongly each pixel pulls at the network, for pictures.
 
     Args:
-        network: is put into evaluation mode and moved to the device.
+        network: a copy of it in evaluation mode is asked; itself it stays as and where it is.
         image: (H, W, 3) RGB.
         target: (H, W) rows of `classes.sets()`.
         classes: fine and coarse classes.
@@ -183,7 +184,7 @@ def gradient_map(
     """
     place = torch.device(device)
     with torch.inference_mode():
-        logits = network.eval().to(place)(as_input(image, place))
+        logits = copy.deepcopy(network).eval().to(place)(as_input(image, place))
         rows = torch.from_numpy(target.astype(np.int64)).to(place)
         p, q = (x[0] for x in posteriors(logits, rows[None], torch.from_numpy(classes.sets()).to(place)))
         expected = (1 - p.square().sum(0)).clamp_min(0).sqrt()
@@ -227,7 +228,11 @@ def pooled(features: Tensor, foreground: Tensor) -> Tensor:
 
 
 def fold_batch_norms(network: Network) -> Network:
-    """Merge each batch normalisation into the convolution before it; same output in evaluation mode, less work."""
+    """Merge each batch normalisation into the convolution before it: same output, less work.
+
+    Args:
+        network: in evaluation mode; is changed.
+    """
     for parent in list(network.modules()):
         for (before, conv), (after, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -96,15 +96,37 @@ def test_folded_network_says_the_same(name: str) -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
-def test_network_is_left_as_it_was(image: NDArray[np.uint8]) -> None:
-    network = sharp(0.03).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_network_is_left_as_it_was(image: NDArray[np.uint8], training: bool) -> None:
+    network = sharp(0.03).train(training)
+    network.backbone().eval()  # as where a backbone is frozen: modes differ between parts
+    modes = [module.training for module in network.modules()]
     before = {key: value.clone() for key, value in network.state_dict().items()}
     scorer = Scorer(network, CLASSES, "cpu")
     scorer.score(image, mixed(image))
+    gradient_map(network, image, mixed(image), CLASSES, "cpu")
     assert scorer.network is network
-    assert not network.training
+    assert modes == [module.training for module in network.modules()]
     assert before.keys() == network.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_network_in_training_mode_is_scored_as_in_evaluation_mode(image: NDArray[np.uint8]) -> None:
+    network = sharp(0.03)
+    expected = Scorer(network, CLASSES, "cpu").score(image, mixed(image))
+    pull = gradient_map(network, image, mixed(image), CLASSES, "cpu")
+    network.train()
+    found = Scorer(network, CLASSES, "cpu").score(image, mixed(image))
+    np.testing.assert_array_equal(found.embedding, expected.embedding)
+    np.testing.assert_array_equal(gradient_map(network, image, mixed(image), CLASSES, "cpu"), pull)
+
+
+def test_a_map_is_made_elsewhere_without_moving_the_network(image: NDArray[np.uint8]) -> None:
+    network = sharp(0.03)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        gradient_map(network, image, mixed(image), CLASSES, "meta")  # a device without numbers to return
+    assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
 
 
 def test_embedding_is_autograds_gradient(scorer: Scorer, image: NDArray[np.uint8]) -> None:
