@@ -88,7 +88,7 @@ def run(folder: Path, data: Path | None = None, rounds: int = 4, leave: bool = T
     """
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "run").mkdir(parents=True)
-    with ExitStack() as stack, until_interrupted():
+    with until_interrupted(), ExitStack() as stack:
         images = Folder(data) if data else rendered(folder / "field")
         services = stack.enter_context(started(folder / "run"))
         context = connect(Settings.read(services.environment))

@@ -162,9 +162,18 @@ def download(weights: WeightsEnum) -> Mapping[str, Tensor]:
         return cast(Mapping[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise PretrainedError(
-            f"its pretrained backbone cannot be downloaded from {weights.url} ({type(error).__name__}); "
+            f"its pretrained backbone cannot be downloaded from {weights.url} ({reason(error)}); "
             f"put that file into {cached.parent} to use it"
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """A download's failure in a few words: what the libraries below say of it fills a screen."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"answered {error.response.status_code}"
+    if isinstance(error, requests.Timeout):
+        return "timed out"
+    return "no connection" if isinstance(error, requests.ConnectionError) else str(error)
 
 
 def save(network: Network, path: Path, meta: Mapping[str, str] | None = None) -> None:
