@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,9 +136,8 @@ def test_start_training_asks_for_a_training(board: Board) -> None:
     assert board.begin(22)
 
 
-def test_events_come_faster_than_label_studio_waits(board: Board) -> None:
-    began = time.perf_counter()
+def test_many_events_ask_for_one_round(board: Board) -> None:
     for task in range(200):
         handle(Event("ANNOTATION_CREATED", 22, (task,)), board)
-    assert (time.perf_counter() - began) / 200 < 0.02
+    assert len(board.jobs(22)) == 1
     assert len(board.take(22)[0]) == 200

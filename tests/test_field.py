@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import cv2
@@ -69,13 +68,6 @@ def test_any_size(size: tuple[int, int]) -> None:
     image, mask = render(0, "target", size)
     assert image.shape == (size[1], size[0], 3)
     assert (mask == CROP).any()
-
-
-def test_rendering_takes_a_tenth_of_a_second() -> None:
-    start = time.process_time()
-    for seed in range(5):
-        render(seed, "target")
-    assert time.process_time() - start < 5 * 0.3  # three times as long as measured, for slow machines
 
 
 def test_a_written_folder_reads_back(tmp_path: Path) -> None:

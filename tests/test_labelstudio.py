@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,11 +178,9 @@ def test_nobody_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    began = time.monotonic()
     with pytest.raises(LabelStudioError, match=f"{url} does not answer .* set LABEL_STUDIO_URL") as error:
         LabelStudio(url, "key").version()
     assert error.value.status is None
-    assert time.monotonic() - began < 10
 
 
 def test_a_page_instead_of_json(door: LabelStudio) -> None:
