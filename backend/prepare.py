@@ -13,7 +13,7 @@ from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import ImageFetchError, MaskError
 from backend.label_config import ProjectConfig
-from backend.project import Index, Project, TaskRecord, labelled, with_error
+from backend.project import Index, Project, TaskRecord, coarse_table, labelled, with_error
 from backend.sync import read_task
 from model.classes import UNKNOWN
 from model.clusters import (
@@ -128,9 +128,7 @@ def tally(votes: Iterable[NDArray[np.int64]]) -> NDArray[np.uint8]:
 def implied(project: Project, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
     """(H, W) the coarse mask that a full annotation implies."""
     fine = project.store.read_map(project.label_key(record.id))
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[: len(config.classes.fine)] = config.classes.coarse_of()
-    return None if fine is None else table[fine]
+    return None if fine is None else coarse_table(config.classes)[fine]
 
 
 def votes_of(
