@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from redis import Redis
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
-from rq.job import Dependency, Job
+from rq.job import Dependency, Job, JobStatus
 from rq.serializers import JSONSerializer
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 #: so these are generous; a worker that dies is noticed by its missing heartbeat, not by the timeout.
 TIMEOUTS = {"train": 6 * 3600, "score": 2 * 3600, "prepare": 2 * 3600, "fit_codebook": 3600, "clean": 2 * 3600}
 TIMEOUT = 900
+CURVE_TIMEOUT = 7 * 24 * 3600
 KEEP_RESULT = 3600
 KEEP_FAILURE = 7 * 24 * 3600
 #: Seconds for which a deletion made by ourselves is recognised when its event comes.
@@ -217,6 +218,43 @@ class Board:
         """True for one caller per `interval` seconds, however many workers ask."""
         return bool(self.redis.set("firstrow:tick", int(time.time()), nx=True, ex=max(1, interval)))
 
+    # -- benchmark ----------------------------------------------------------------------------------------
+
+    def enqueue_curve(self, name: str, curve: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> Job:
+        """Queue one learning curve of the benchmark of that name."""
+        return self.queue(GPU).enqueue(
+            "backend.bench.curve_job",
+            args=(name, curve, done),
+            job_timeout=CURVE_TIMEOUT,
+            result_ttl=KEEP_RESULT,
+            failure_ttl=KEEP_FAILURE,
+            retry=Retry(max=2),
+            meta={"step": "curve", "done": 0, "total": 0},
+            description=f"curve {curve['strategy']} seed {curve['seed']}",
+        )
+
+    def put_row(self, name: str, row: Mapping[str, str]) -> None:
+        """Hand a row of a curve to whoever gathers them; it waits there for a week."""
+        self.redis.rpush(_rows(name), json.dumps(row))
+        self.redis.expire(_rows(name), KEEP_FAILURE)
+
+    def curve_rows(self, name: str, jobs: Sequence[Job], wait: float) -> Iterator[dict[str, str] | str]:
+        """Rows as they come, and a sentence for each curve that failed, until every job has ended."""
+        left = {job.id: job for job in jobs}
+        while True:
+            ended = [job for job in left.values() if job.get_status() in (JobStatus.FINISHED, JobStatus.FAILED)]
+            # First which jobs have ended, then their rows: none is left behind.
+            while found := self.redis.lpop(_rows(name)):
+                yield json.loads(found)
+            for job in ended:
+                del left[job.id]
+                if job.get_status() is JobStatus.FAILED:
+                    result = job.latest_result()
+                    yield f"{job.description}: {((result and result.exc_string) or 'failed').strip().splitlines()[-1]}"
+            if not left:
+                return
+            time.sleep(wait)
+
     # -- state --------------------------------------------------------------------------------------------
 
     def register(self, project: int) -> None:
@@ -267,6 +305,10 @@ def progress(done: int, total: int) -> None:
 
 def _key(project: int, name: str) -> str:
     return f"firstrow:{project}:{name}"
+
+
+def _rows(name: str) -> str:
+    return f"firstrow:bench:{name}"
 
 
 def _text(value: bytes | str) -> str:

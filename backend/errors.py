@@ -57,3 +57,7 @@ class AttachRefused(FirstRowError):
 
 class JobError(FirstRowError):
     """A step of a round cannot be done."""
+
+
+class BenchError(FirstRowError):
+    """A benchmark cannot be run or reported as it was ordered."""

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights, ResNet101_Weights, WeightsEnum
 from torchvision.models import segmentation as torchvision_networks
 from torchvision.models.segmentation.lraspp import LRASPP
@@ -84,7 +85,17 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C, H, W) of images (N, 3, H, W) in [0, 1]."""
-        return cast(Tensor, self.module((images - self.mean) / self.std)["out"])
+        return self.decode(self.encode(images), (images.shape[2], images.shape[3]))
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """The backbone's output, (N, D, h, w) each by name, of images (N, 3, H, W) in [0, 1]."""
+        return cast(dict[str, Tensor], self.backbone()((images - self.mean) / self.std))
+
+    def decode(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """Logits (N, C, H, W) of what `encode` gave, at any size (H, W)."""
+        head = self.module.get_submodule("classifier")
+        low = head(features if isinstance(self.module, LRASPP) else features["out"])
+        return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
 
     def last_layers(self) -> list[nn.Conv2d]:
         """The final 1x1 convolutions, whose outputs are added and enlarged to logits: two for LR-ASPP, else one."""
@@ -203,3 +214,10 @@ def load(path: Path) -> Network:
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a First Row checkpoint: {error}") from error
     return network.eval()
+
+
+def checkpoint_classes(path: Path) -> tuple[str, ...]:
+    """The names of the classes that a checkpoint was trained for, as far as its file says; else none."""
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("classes", "")
+    return tuple(said.split("\n")) if said else ()

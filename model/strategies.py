@@ -28,6 +28,9 @@ class Pool:
         features: (N, F) pooled features.
         labelled_embedding: (M, E) the same of the labelled images, under the same network.
         labelled_features: (M, F).
+        vectors: (N, ...) further arrays by name; see `NEEDS`.
+        labelled_vectors: (M, ...) the same of the labelled images.
+        labelled_scores: (M,) each, the numbers of the labelled images, against their annotations.
 
     Raises:
         ValueError: lengths or widths differ, or a number is not finite.
@@ -38,6 +41,9 @@ class Pool:
     features: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 0)))
     labelled_embedding: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 0)))
     labelled_features: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 0)))
+    vectors: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    labelled_vectors: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    labelled_scores: Mapping[str, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.scores.items()}
@@ -50,7 +56,8 @@ class Pool:
             ours, theirs = getattr(self, name), getattr(self, f"labelled_{name}")
             if len(ours) and len(theirs) and ours.shape[1] != theirs.shape[1]:
                 raise ValueError(f"{name}: {ours.shape[1]} columns in the pool, {theirs.shape[1]} of labelled images")
-        arrays = {**self.scores, **{name: array for name, array in vars(self).items() if name != "scores"}}
+        plain = {name: array for name, array in vars(self).items() if isinstance(array, np.ndarray)}
+        arrays = {**self.scores, **self.vectors, **self.labelled_vectors, **self.labelled_scores, **plain}
         bad = [name for name, values in arrays.items() if not np.isfinite(values).all()]
         if bad:
             raise ValueError(f"{', '.join(bad)} of the pool has values that are not finite; score those images again")
@@ -175,6 +182,10 @@ STRATEGIES: dict[str, Strategy] = {
     "random": random,
 }
 DEFAULT = "first-row"
+#: Numbers and arrays from `model.extras` that a strategy reads besides the plain ones.
+NEEDS: dict[str, tuple[str, ...]] = {}
+#: Strategies that look at hidden labels: a benchmark's references, no choice for a live project.
+REFERENCES: dict[str, Strategy] = {}
 
 
 def by_utility(utility: Floats, parts: Mapping[str, Floats], rng: np.random.Generator) -> Ranking:

@@ -105,7 +105,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
     for array in arrays:
         array.setflags(write=False)
     ask(name, pool)
-    for now, then in zip(arrays, [*before.scores.values(), *list(vars(before).values())[1:]], strict=True):
+    for now, then in zip(arrays, [*before.scores.values(), *list(vars(before).values())[1:5]], strict=True):
         np.testing.assert_array_equal(now, then)
 
 

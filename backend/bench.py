@@ -1,0 +1,285 @@
+"""`firstrow bench`: many learning curves, over the cores of this machine or over rq workers; resumable."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import os
+import queue as queues
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from backend.enqueue import Board
+from backend.errors import BenchError
+from model import results
+from model.benchmark import SCALES, Curve, run, train_source
+from model.data import FolderError, ImageError
+from model.field import write_folder
+from model.network import PretrainedError
+from model.results import FULL, Row
+from model.strategies import REFERENCES, STRATEGIES
+
+log = logging.getLogger(__name__)
+
+#: Where the benchmark of this project got its rendered sets from: images for the pool and for the test.
+RENDERED = {"source": (80, 20), "target": (100, 40)}
+#: `random` runs with this many times the seeds: everything is compared with it.
+RANDOM_SEEDS = 3
+#: Seconds between looks at processes and jobs.
+LOOK = 1.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `firstrow bench run` was asked for.
+
+    Attributes:
+        data: pixel-labelled folders.
+        strategies: names.
+        budget: labelled images at most, from 1 on.
+        tail: further numbers of labelled images beyond the budget.
+        query_size: images picked at a time.
+        seeds: learning curves per strategy.
+        scale: a key of `model.benchmark.SCALES`.
+        network: a key of `model.network.NETWORKS`.
+        start: "pretrained" or "scratch".
+        source: pixel-labelled folder to learn first; its network is then where every training starts.
+        weak: coarsely labelled images are trained on too.
+        layers: whose gradient is taken.
+        out: folder of the results.
+    """
+
+    data: tuple[Path, ...]
+    strategies: tuple[str, ...]
+    budget: int
+    tail: tuple[int, ...]
+    query_size: int
+    seeds: int
+    scale: str
+    network: str
+    start: str
+    source: Path | None
+    weak: bool
+    layers: str
+    out: Path
+
+
+def bench(order: Order, workers: int, board: Board | None, console: Console) -> int:
+    """Run what is missing of a benchmark.
+
+    Args:
+        order: what to run.
+        workers: processes on this machine.
+        board: rq workers are used instead when it is given.
+        console: for the progress bar.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        BenchError: the order makes no sense, or curves failed; those that did not are kept.
+    """
+    check(order)
+    file = order.out / "results.csv"
+    try:
+        done = by_curve(results.read(file))
+        curves = [curve for curve in plan(order) if not finished(curve, done)]
+    except (FolderError, ImageError, PretrainedError, results.ResultsError) as error:
+        raise BenchError(str(error)) from error
+    rows = sum(len(missing(curve, done)) for curve in curves)
+    make = over_workers(board, order) if board else over_processes(workers)
+    written, faults = 0, list[str]()
+    with bar(console) as progress:
+        task = progress.add_task(f"{len(curves)} curves", total=rows)
+        for found in make([(curve, done.get(name_of(curve), [])) for curve in curves]):
+            if isinstance(found, str):
+                faults.append(found)
+                console.print(found, style="red")
+                continue
+            results.append(file, [found])
+            written += 1
+            progress.update(task, advance=1, description=f"{found.set} {found.strategy} seed {found.seed}")
+    if faults:
+        raise BenchError(
+            f"{len(faults)} of {len(curves)} curves failed, first: {faults[0]}; run the same command again"
+        )
+    return written
+
+
+def check(order: Order) -> None:
+    """Refuse what cannot be run before anything is.
+
+    Raises:
+        BenchError: says what is wrong and what to do.
+    """
+    unknown = set(order.strategies) - set(STRATEGIES) - set(REFERENCES)
+    if unknown:
+        names = ", ".join([*STRATEGIES, *REFERENCES])
+        raise BenchError(f"there is no strategy {', '.join(sorted(unknown))}: choose from {names}")
+    names = [folder.resolve().name for folder in order.data]
+    if len(set(names)) < len(names):
+        raise BenchError(f"two of the data folders are called the same ({', '.join(names)}): rename one")
+    if order.start == "scratch" and SCALES[order.scale].frozen and not order.source:
+        raise BenchError(f"the scale {order.scale} trains no backbone, so it cannot start from scratch: use another")
+    if any(n <= order.budget for n in order.tail):
+        raise BenchError(f"the tail {order.tail} must lie beyond the budget {order.budget}")
+
+
+def plan(order: Order) -> Iterator[Curve]:
+    """Every curve, seed by seed, so that what is there after a kill can be compared."""
+    start = order.start
+    if order.source:
+        start = str(train_source(order.source, order.scale, order.network, order.out, device()))
+    steps = (*range(order.query_size, order.budget + 1, order.query_size), *order.tail)
+    base = Curve("", "", 0, steps, order.scale, order.network, start, order.weak, order.layers, commit())
+    for seed in range(order.seeds * RANDOM_SEEDS):
+        for folder, strategy in itertools.product(order.data, (*order.strategies, FULL)):
+            if seed < order.seeds or strategy == "random":
+                yield replace(base, data=str(folder.resolve()), strategy=strategy, seed=seed)
+
+
+Known = dict[tuple[str, str, str, int], list[Row]]
+Asked = Sequence[tuple[Curve, Sequence[Row]]]
+Found = Iterator[Row | str]
+
+
+def by_curve(rows: Iterable[Row]) -> Known:
+    """Rows by setting, set, strategy and seed, rising n."""
+    found: Known = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.n):
+        found[row.key[:4]].append(row)
+    return dict(found)
+
+
+def name_of(curve: Curve) -> tuple[str, str, str, int]:
+    """What the rows of a curve share."""
+    return curve.setting, Path(curve.data).name, curve.strategy, curve.seed
+
+
+def missing(curve: Curve, done: Known) -> list[int]:
+    """The n that a curve still lacks; a reference has one row."""
+    have = {row.n for row in done.get(name_of(curve), [])}
+    if curve.strategy == FULL:
+        return [] if have else [1]
+    return [n for n in (0, *curve.steps) if n not in have]
+
+
+def finished(curve: Curve, done: Known) -> bool:
+    """Whether no row is missing that the pool can give."""
+    return not missing(curve, done)
+
+
+def over_processes(workers: int) -> Callable[[Asked], Found]:
+    """Runs curves in processes of this machine, one thread each on the CPU."""
+
+    def rows(asked: Asked) -> Found:
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager:
+            inbox: Any = manager.Queue()
+            with ProcessPoolExecutor(workers, context, initializer=ready) as pool:
+                yield from collected([(c, pool.submit(work, c, d, inbox.put)) for c, d in asked], inbox)
+
+    return rows
+
+
+def collected(futures: Sequence[tuple[Curve, Future[None]]], inbox: Any) -> Found:
+    """Rows as they come, then the faults of curves that failed."""
+    left = dict(enumerate(futures))
+    while left:
+        ended = [number for number, (_, future) in left.items() if future.done()]
+        yield from emptied(inbox, LOOK if not ended else 0.0)
+        for number in ended:
+            curve, future = left.pop(number)
+            if error := future.exception():
+                yield fault(curve, error)
+    yield from emptied(inbox, 0.0)
+
+
+def emptied(inbox: Any, wait: float) -> Iterator[Row]:
+    """What is in the inbox; waits for a first row."""
+    try:
+        while True:
+            yield inbox.get(timeout=wait) if wait else inbox.get_nowait()
+            wait = 0.0
+    except queues.Empty:
+        return
+
+
+def fault(curve: Curve, error: BaseException) -> str:
+    """One line about a curve that failed."""
+    what = "its process died (memory?)" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
+    return f"{Path(curve.data).name}, {curve.strategy}, seed {curve.seed}: {what}"
+
+
+def ready() -> None:
+    """Before a process's first curve: it has one core, and dies with its parent's terminal."""
+    torch.set_num_threads(1)
+
+
+def work(curve: Curve, done: Sequence[Row], emit: Callable[[Row], object]) -> None:
+    """Run one curve and hand out each row as soon as it is there."""
+    for row in run(curve, done, device()):
+        emit(row)
+
+
+def over_workers(board: Board, order: Order) -> Callable[[Asked], Found]:
+    """Runs curves on rq workers, which must see data and results folder under the same paths."""
+
+    def rows(asked: Asked) -> Found:
+        name = str(order.out.resolve())
+        jobs = [board.enqueue_curve(name, c.to_json(), [row.to_csv() for row in d]) for c, d in asked]
+        for cells in board.curve_rows(name, jobs, LOOK):
+            yield cells if isinstance(cells, str) else Row.from_csv(cells)
+
+    return rows
+
+
+def curve_job(name: str, curve: dict[str, Any], done: list[dict[str, Any]]) -> None:
+    """The job of one curve on an rq worker; rows go back through Redis."""
+    from backend.context import connect
+    from backend.settings import Settings
+
+    board = connect(Settings.read()).board
+    rows = [Row.from_csv({key: str(value) for key, value in cells.items()}) for cells in done]
+    work(Curve.from_json(curve), rows, lambda row: board.put_row(name, {k: str(v) for k, v in row.to_csv().items()}))
+
+
+def render(folder: Path) -> None:
+    """Render a source and a target field, the sets of this project's own benchmark that need no download."""
+    for style, (train, test) in RENDERED.items():
+        write_folder(folder / f"field-{style}", train, test, "source" if style == "source" else "target", seed=1)
+
+
+def device() -> str:
+    """CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def commit() -> str:
+    """The commit of the code, with a plus where it was changed since; the version where there is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or version("firstrow")
+
+
+def bar(console: Console) -> Progress:
+    """A progress bar with the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+def cores() -> int:
+    """Processes by default: one for a GPU, else as many as there are cores."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
