@@ -128,9 +128,9 @@ def check(order: Order) -> None:
     if unknown:
         names = ", ".join([*STRATEGIES, *REFERENCES])
         raise BenchError(f"there is no strategy {', '.join(sorted(unknown))}: choose from {names}")
-    names = [folder.resolve().name for folder in order.data]
-    if len(set(names)) < len(names):
-        raise BenchError(f"two of the data folders are called the same ({', '.join(names)}): rename one")
+    folders = [folder.resolve().name for folder in order.data]
+    if len(set(folders)) < len(folders):
+        raise BenchError(f"two of the data folders are called the same ({', '.join(folders)}): rename one")
     if order.start == "scratch" and SCALES[order.scale].frozen and not order.source:
         raise BenchError(f"the scale {order.scale} trains no backbone, so it cannot start from scratch: use another")
     if any(n <= order.budget for n in order.tail):
@@ -254,6 +254,26 @@ def curve_job(name: str, curve: dict[str, Any], done: list[dict[str, Any]]) -> N
     board = connect(Settings.read()).board
     rows = [Row.from_csv({key: str(value) for key, value in cells.items()}) for cells in done]
     work(Curve.from_json(curve), rows, lambda row: board.put_row(name, {k: str(v) for k, v in row.to_csv().items()}))
+
+
+def report(out: Path) -> Path:
+    """Remake figures, tables and summary from a folder's results.
+
+    Returns:
+        The page to open.
+
+    Raises:
+        BenchError: there are no results.
+    """
+    from model import report as pages
+
+    if not (out / "results.csv").is_file():
+        raise BenchError(f"{out} has no results.csv: run firstrow bench run --out {out} first")
+    try:
+        pages.write(out)
+    except results.ResultsError as error:
+        raise BenchError(str(error)) from error
+    return out / "report.html"
 
 
 def render(folder: Path) -> None:

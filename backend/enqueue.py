@@ -245,7 +245,7 @@ class Board:
             ended = [job for job in left.values() if job.get_status() in (JobStatus.FINISHED, JobStatus.FAILED)]
             # First which jobs have ended, then their rows: none is left behind.
             while found := self.redis.lpop(_rows(name)):
-                yield json.loads(found)
+                yield dict(json.loads(bytes(found)))  # type: ignore[arg-type]
             for job in ended:
                 del left[job.id]
                 if job.get_status() is JobStatus.FAILED:

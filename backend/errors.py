@@ -8,7 +8,8 @@ FirstRowError
 |- MaskError           one region or mask cannot be read
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
-`- JobError            a step of a round cannot be done
+|- JobError            a step of a round cannot be done
+`- BenchError          a benchmark that cannot be run or reported
 """
 
 from __future__ import annotations

@@ -75,12 +75,18 @@ def strategy_order(
 def as_pool(scores: Scores, scored: Sequence[int], known: Sequence[int]) -> Pool:
     """The arrays a strategy sees."""
     rows, seen = [scores.rows[t] for t in scored], [scores.rows[t] for t in known]
+    numbers = {name: scores.columns[:, i] for i, name in enumerate(COLUMNS)}
+    numbers |= {name: values for name, values in scores.extras.items() if values.ndim == 1}
+    vectors = {name: values for name, values in scores.extras.items() if values.ndim > 1}
     return Pool(
-        scores={name: scores.columns[rows, i] for i, name in enumerate(COLUMNS)},
+        scores={name: values[rows] for name, values in numbers.items()},
         embedding=scores.embedding[rows],
         features=scores.features[rows],
         labelled_embedding=scores.embedding[seen],
         labelled_features=scores.features[seen],
+        vectors={name: values[rows] for name, values in vectors.items()},
+        labelled_vectors={name: values[seen] for name, values in vectors.items()},
+        labelled_scores={name: values[seen] for name, values in numbers.items()},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from backend.project import Index, Project, TaskRecord
 from model.classes import Classes
 from model.pseudo import fine_target
 from model.scoring import ImageScore, Scorer
+from model.strategies import NEEDS
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,18 @@ COLUMNS = tuple(f.name for f in fields(ImageScore) if f.type in ("float", float)
 @lru_cache(maxsize=2)
 def scorer(ctx: Context, project: Project, key: str, classes: Classes) -> Scorer:
     """The network of that name, ready to score: loaded once per worker and version."""
-    return Scorer(load_network(ctx, project, classes)[0], classes, device())
+    return Scorer(load_network(ctx, project, classes)[0], classes, device(), extras(ctx))
+
+
+def extras(ctx: Context) -> tuple[str, ...]:
+    """What the strategy in force wants to know besides the plain numbers."""
+    return NEEDS.get(ctx.settings.strategy, ())
 
 
 def scores_key(ctx: Context, project: Project, config: ProjectConfig) -> str:
     """Names scores that may be compared: same network, same meaning of the clusters, same classes."""
     clusters, decided = clusters_name(ctx, project), project.decided().tobytes()
-    said = f"{clusters}:{decided!r}:{config.classes}:{ctx.settings.image_size}"
+    said = f"{clusters}:{decided!r}:{config.classes}:{ctx.settings.image_size}:{','.join(extras(ctx))}"
     return f"{network_key(ctx, project, config.classes)}-{hashlib.sha1(said.encode()).hexdigest()[:12]}"
 
 
@@ -80,13 +86,14 @@ def inputs(
 
 
 def as_arrays(records: Sequence[TaskRecord], scores: Sequence[ImageScore]) -> dict[str, NDArray[Any]]:
-    """A score file: ids, label versions, the float columns, embeddings and features."""
+    """A score file: ids, label versions, the float columns, embeddings and features; extras under `extra:NAME`."""
     return {
         "task": np.array([r.id for r in records], np.int64),
         "version": np.array([r.version for r in records], "U12"),
         "columns": np.array([[getattr(s, name) for name in COLUMNS] for s in scores], np.float64),
         "embedding": np.stack([s.embedding for s in scores]).astype(np.float32),
         "features": np.stack([s.features for s in scores]).astype(np.float32),
+        **{f"extra:{name}": np.stack([s.extras[name] for s in scores]) for name in scores[0].extras},
     }
 
 
@@ -98,6 +105,7 @@ class Scores:
     columns: NDArray[np.float64]
     embedding: NDArray[np.float32]
     features: NDArray[np.float32]
+    extras: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def column(self, name: str, tasks: Sequence[int]) -> NDArray[np.float64]:
         """(N,) one score of each task."""
@@ -119,4 +127,5 @@ def read_scores(ctx: Context, project: Project, config: ProjectConfig, index: In
         for row, (task, version) in enumerate(zip(joined["task"], joined["version"], strict=True))
         if int(task) in index and index[int(task)].version == str(version)
     }
-    return Scores(rows, joined["columns"], joined["embedding"], joined["features"])
+    found = {name.removeprefix("extra:"): array for name, array in joined.items() if name.startswith("extra:")}
+    return Scores(rows, joined["columns"], joined["embedding"], joined["features"], found)

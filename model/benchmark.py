@@ -25,22 +25,10 @@ from model.training import Recipe
 
 #: Strategies that see nothing of coarse labels; where training does not either, none are given.
 WITHOUT_COARSE = frozenset(
-    [
-        "random",
-        "entropy",
-        "entropy-top",
-        "least-confidence",
-        "margin",
-        "bald",
-        "power-bald",
-        "egl",
-        "egl-settles",
-        "egl-huang",
-        "entropy-gradnorm",
-        "badge",
-        "bait",
-        "class-stratified",
-    ]
+    {
+        *("random", "entropy", "entropy-top", "least-confidence", "margin", "bald", "power-bald", "egl", "egl-settles"),
+        *("egl-huang", "entropy-gradnorm", "badge", "bait", "class-stratified"),
+    }
 )
 #: Steps of the reference that learns the whole pool, as a multiple of a round's.
 FULL_STEPS = 5

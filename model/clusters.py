@@ -171,7 +171,7 @@ def without_small(labels: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
     return np.asarray(table[nearest], np.uint8)
 
 
-def pieces(labels: NDArray[np.uint8]) -> NDArray[np.int32]:
+def pieces(labels: NDArray[np.integer]) -> NDArray[np.int32]:
     """(H, W) number of the piece of equal labels, 8-connected, that each pixel is in.
 
     All labels in one pass: runs of equal pixels in a row are the nodes of a graph, and runs that touch its edges.
@@ -185,7 +185,7 @@ def pieces(labels: NDArray[np.uint8]) -> NDArray[np.int32]:
     return np.asarray(connected_components(graph, directed=False)[1][run], np.int32)
 
 
-def touching(labels: NDArray[np.uint8], run: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
+def touching(labels: NDArray[np.integer], run: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
     """(2, P) pairs of runs of equal label, the lower one touching the upper one `shift` pixels to the right."""
     width = labels.shape[1]
     up, down = slice(max(shift, 0), width + min(shift, 0)), slice(max(-shift, 0), width + min(-shift, 0))

@@ -62,7 +62,8 @@ def correct(prelabel: Map, mask: Map, cut: Map | None = None) -> Effort:
     shown, known = without_small(prelabel, SMALLEST), mask != IGNORE
     if not known.any():
         return Effort(0, 0.0, 0.0)
-    piece = pieces(shown if cut is None else shown.astype(np.int32) * 256 + cut)
+    parts: NDArray[np.integer] = shown if cut is None else shown.astype(np.intp) * 256 + cut
+    piece = pieces(parts)
     classes = int(max(mask[known].max(), shown.max())) + 1
     table = np.bincount(piece[known] * classes + mask[known], minlength=(int(piece.max()) + 1) * classes)
     table = table.reshape(-1, classes)

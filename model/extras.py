@@ -96,7 +96,8 @@ def egl_huang(view: View) -> Tensor:
 
 def entropy_gradnorm(view: View) -> Tensor:
     """Length of the gradient that the mean entropy has at the last layer; dH/dz = -p (log p + H)."""
-    return gradient_embedding(-view.p * (view.log_p + view.entropy), view.layers).norm()
+    found: Tensor = gradient_embedding(-view.p * (view.log_p + view.entropy), view.layers).norm()
+    return found
 
 
 def bald(view: View) -> Tensor:

@@ -37,7 +37,7 @@ class Sketch:
         """Draw the signs.
 
         Args:
-            network: in evaluation mode; its gradients are computed, its weights stay.
+            network: in evaluation mode; its weights stay, but all of them get gradients.
             layers: one of `LAYERS`.
             sets: (K, C) bool, what each row of a target allows.
 
@@ -48,7 +48,7 @@ class Sketch:
             raise ValueError(f"gradients are of the last layer, the head or all layers, not of {layers!r}")
         self.head_only = layers == "head"
         pretrained = {id(parameter) for parameter in network.backbone().parameters()} if self.head_only else set()
-        self._network, self._sets = network, sets
+        self._network, self._sets = network.requires_grad_(), sets
         self._parameters = [p for p in network.parameters() if id(p) not in pretrained]
         draw = torch.Generator().manual_seed(0)
         self._signs = [signs(parameter, draw) for parameter in self._parameters]
