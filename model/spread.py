@@ -137,6 +137,32 @@ def cover(
     return np.array(chosen, np.intp)
 
 
+def typical_of_uncovered(features: Floats, labelled: Floats, chosen: list[int], rng: np.random.Generator) -> int:
+    """The image that has most close neighbours in the largest cluster with neither label nor choice.
+
+    One cluster more than there are labels and choices. Where all clusters have one, any image.
+
+    Args:
+        features: (N, F) of the pool.
+        labelled: (M, F).
+        chosen: pool indices that count as labelled.
+        rng: of the clusters, and of ties.
+    """
+    both = np.concatenate([features, labelled])
+    k = min(len(labelled) + len(chosen) + 1, len(both))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: no harm
+        found = KMeans(k, n_init="auto", random_state=int(rng.integers(2**31))).fit(both).labels_
+    size = np.bincount(found, minlength=k)
+    size[found[[*chosen, *range(len(features), len(both))]]] = 0
+    free = np.setdiff1d(np.arange(len(features)), chosen)
+    if not size.any():
+        return int(rng.choice(free))
+    members = np.flatnonzero(found == rng.choice(np.flatnonzero(size == size.max())))
+    near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
+    return int(members[rng.choice(np.flatnonzero(near == near.max()))])
+
+
 def van_der_corput(size: int) -> NDArray[np.intp]:
     """Places 0..size-1 in van der Corput order: the middle, the quarters, the eighths, ..., each once."""
     places, denominator = list[int](), 2

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.extras import NUMBERS, VECTORS
 from model.scoring import ImageScore
 from model.spread import van_der_corput
-from model.strategies import COVER, DEFAULT, STRATEGIES, Pool, Ranking
+from model.strategies import COVER, DEFAULT, NEEDS, REFERENCES, STRATEGIES, Pool, Ranking
 
-NAMES = [field.name for field in fields(ImageScore) if field.type == "float"]
-EVERY = pytest.mark.parametrize("name", STRATEGIES)
+PLAIN = [field.name for field in fields(ImageScore) if field.type == "float"]
+NAMES = [*PLAIN, *NUMBERS, "oracle"]
+ALL = STRATEGIES | REFERENCES
+EVERY = pytest.mark.parametrize("name", ALL)
 #: Strategies whose answer is chance, if weighted.
-CHANCE = {"random", "foreground-random"}
+CHANCE = {"random", "foreground-random", "power-bald", "class-stratified", "badge"}
 
 
 def make(n: int, labelled: int = 0, seed: int = 0, /, **scores: Any) -> Pool:
@@ -29,18 +32,33 @@ def make(n: int, labelled: int = 0, seed: int = 0, /, **scores: Any) -> Pool:
         rng.normal(size=(n, 8)).astype(np.float32),
         rng.normal(size=(labelled, 12)).astype(np.float32),
         rng.normal(size=(labelled, 8)).astype(np.float32),
+        arrays(n, rng),
+        arrays(labelled, rng),
+        {name: rng.random(labelled) for name in NAMES},
     )
+
+
+def arrays(n: int, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
+    """Vectors and matrices of n images."""
+    root = rng.normal(size=(n, 6, 3))
+    return {
+        "own": rng.normal(size=(n, 12)),
+        "fisher": root @ root.transpose(0, 2, 1),
+        "class_entropy": rng.random((n, 3)),
+    }
 
 
 def taken(pool: Pool, rows: NDArray[np.intp]) -> Pool:
     """The pool in another order, or a part of it."""
     scores = {name: values[rows] for name, values in pool.scores.items()}
-    return Pool(scores, pool.embedding[rows], pool.features[rows], pool.labelled_embedding, pool.labelled_features)
+    vectors = {name: values[rows] for name, values in pool.vectors.items()}
+    parts = {"scores": scores, "embedding": pool.embedding[rows], "features": pool.features[rows], "vectors": vectors}
+    return Pool(**{**vars(pool), **parts})
 
 
 def ask(name: str, pool: Pool, seed: int = 0) -> Ranking:
     """The strategy's answer, checked for what holds of every answer."""
-    ranking = STRATEGIES[name](pool, np.random.default_rng(seed))
+    ranking = ALL[name](pool, np.random.default_rng(seed))
     assert sorted(ranking.order) == list(range(len(pool)))
     assert ranking.order.dtype == np.intp
     for values in (ranking.utility, *ranking.parts.values()):
@@ -75,7 +93,7 @@ def test_same_seed_same_answer(name: str, labelled: int) -> None:
     np.testing.assert_array_equal(first.utility, second.utility)
 
 
-@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - CHANCE - {"coverage", "first-row"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - CHANCE - {"coverage", "first-row", "typiclust"}))
 def test_the_order_of_tasks_in_the_project_means_nothing(name: str) -> None:
     pool, rows = make(50, 3), np.random.default_rng(1).permutation(50)
     assert [int(rows[i]) for i in ordered(name, taken(pool, rows))] == ordered(name, pool)
@@ -101,12 +119,36 @@ def test_identical_images_tie_and_ties_are_broken_by_chance(name: str, labelled:
 def test_inputs_stay_as_they_are(name: str) -> None:
     pool = make(30, 2)
     before = copy.deepcopy(pool)
-    arrays = [*pool.scores.values(), pool.embedding, pool.features, pool.labelled_embedding, pool.labelled_features]
-    for array in arrays:
+    for array in parts_of(pool):
         array.setflags(write=False)
     ask(name, pool)
-    for now, then in zip(arrays, [*before.scores.values(), *list(vars(before).values())[1:5]], strict=True):
+    for now, then in zip(parts_of(pool), parts_of(before), strict=True):
         np.testing.assert_array_equal(now, then)
+
+
+def parts_of(pool: Pool) -> list[NDArray[Any]]:
+    """Every array of a pool."""
+    found: list[NDArray[Any]] = []
+    for part in vars(pool).values():
+        found += part.values() if isinstance(part, dict) else [part]
+    return found
+
+
+def test_what_strategies_need_is_there_to_be_had() -> None:
+    assert NEEDS.keys() <= ALL.keys()
+    assert {extra for needs in NEEDS.values() for extra in needs} <= {*NUMBERS, *VECTORS, "oracle"}
+    assert not STRATEGIES.keys() & REFERENCES.keys()
+    assert not any("oracle" in NEEDS.get(name, ()) for name in STRATEGIES)
+
+
+@EVERY
+def test_a_strategy_reads_only_what_it_says(name: str) -> None:
+    pool, needs = make(20, 4), NEEDS.get(name, ())
+    scores = {key: values for key, values in pool.scores.items() if key in PLAIN or key in needs}
+    vectors = {key: values for key, values in pool.vectors.items() if key in needs}
+    seen = {key: values for key, values in pool.labelled_vectors.items() if key in needs}
+    bare = Pool(**{**vars(pool), "scores": scores, "vectors": vectors, "labelled_vectors": seen})
+    assert ordered(name, bare) == ordered(name, pool)
 
 
 @EVERY
@@ -116,6 +158,7 @@ def test_thousands_of_images_are_ranked(name: str) -> None:
         {key: rng.random(2500) for key in NAMES},
         rng.normal(size=(2500, 300)).astype(np.float32),
         rng.normal(size=(2500, 300)).astype(np.float32),
+        vectors=arrays(2500, rng),
     )
     assert sorted(ask(name, pool).order) == list(range(2500))
 

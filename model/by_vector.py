@@ -1,0 +1,138 @@
+"""Strategies that choose by how images differ from each other and from those that are labelled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model.pool import Pool, Ranking, by_utility, from_order
+from model.spread import (
+    GREEDY,
+    cover,
+    distances,
+    farthest_first,
+    standardised,
+    typical_of_uncovered,
+    typicality,
+    unit,
+)
+
+#: Images chosen for coverage before a network's opinion counts.
+COVER = 3
+#: Images among which coverage measures distances; more are sampled.
+COVERED = 2000
+#: Places that TypiClust and BAIT give one by one; the rest follows by typicality or gain.
+PLACES = 10
+#: Prior precision of BAIT's last layer, as a share of the pool's mean Fisher diagonal.
+PRIOR = 1.0
+
+
+def direction_range(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """A wide range of gradient directions: farthest-first on 1 - cos, from the labelled images on.
+
+    Images without a gradient have no direction and come last.
+    """
+    vectors = unit(pool.embedding)
+    far = farthest_first(vectors, unit(pool.labelled_embedding), vectors.any(1).astype(float), rng)
+    return Ranking(far.order, far.utility, {"novelty": far.novelty})
+
+
+def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """Typical images of the largest regions of feature space without a label (TypiClust, Hacohen et al. 2022).
+
+    The first `COVER` places know each other; the rest follows by typicality.
+    """
+    size = len(pool)
+    if size < 2:
+        return from_order(np.arange(size), {"typicality": np.zeros(size)})
+    features, labelled = standardised(pool.features, pool.labelled_features)
+    sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
+    typical = typicality(features, features[sample])
+    first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
+    rest = by_utility(typical, {}, rng).order
+    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
+
+
+def badge(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """k-means++ on the gradients against the network's own classes, lengths and all (Ash et al. 2020).
+
+    First the longest one; then by chance in proportion to the squared distance to what was chosen and to zero.
+    """
+    vectors = pool.vectors.get("own", pool.embedding).astype(np.float64)
+    size, order = len(vectors), list[int]()
+    square = (vectors**2).sum(1)
+    left, nearest = np.ones(size, bool), square.copy()
+    for place in range(min(size, GREEDY)):
+        weight = np.where(left, nearest, 0)
+        if place == 0 and weight.any():
+            ties = np.flatnonzero(weight == weight.max())
+            chosen = int(ties[0] if len(ties) == 1 else rng.choice(ties))
+        else:
+            weight = weight if weight.sum() > 0 else left.astype(float)
+            chosen = int(rng.choice(size, p=weight / weight.sum()))
+        order.append(chosen)
+        left[chosen] = False
+        np.minimum(nearest, np.maximum(square + square[chosen] - 2 * vectors @ vectors[chosen], 0), out=nearest)
+    rest = by_utility(np.where(left, nearest, -1), {}, rng).order
+    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {"length": np.sqrt(square)})
+
+
+def coreset(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """Farthest from everything labelled or chosen: greedy k-centre on features (Sener and Savarese 2018)."""
+    features, size, order = pool.features.astype(np.float64), len(pool), list[int]()
+    nearest = np.full(size, np.inf)
+    if len(pool.labelled_features) and size:
+        nearest = distances(features, pool.labelled_features.astype(np.float64)).min(1)
+    left, tie = np.ones(size, bool), rng.permutation(size)
+    for _ in range(min(size, GREEDY)):
+        ties = np.flatnonzero(left & (nearest == nearest[left].max()))
+        order.append(int(ties[tie[ties].argmax()]))
+        left[order[-1]] = False
+        np.minimum(nearest, distances(features, features[order[-1:]])[:, 0], out=nearest)
+    rest = by_utility(np.where(left, nearest, -1), {}, rng).order
+    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {})
+
+
+def typiclust(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """The most typical image of the largest cluster without a label (Hacohen et al. 2022), one image at a time."""
+    features = pool.features.astype(np.float64)
+    labelled = pool.labelled_features.astype(np.float64).reshape(-1, features.shape[1] or 1)
+    order = list[int]()
+    if len(features) > COVERED:
+        rows = np.sort(rng.choice(len(features), COVERED, replace=False))
+    else:
+        rows = np.arange(len(features))
+    for _ in range(min(len(rows), PLACES)):
+        order.append(typical_of_uncovered(features[rows], labelled, order, rng))
+    first = rows[order].astype(np.intp)
+    rest = by_utility(typicality(features, features[rows]) if len(rows) > 1 else np.zeros(len(rows)), {}, rng).order
+    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {})
+
+
+def bait(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """Least expected error of the last layer: greedy on tr[(F_chosen)^-1 F_pool], exactly (Ash et al. 2021).
+
+    Fisher matrices are small here, since features are projected to a few dimensions: no approximation is needed.
+    """
+    size = len(pool)
+    fisher = pool.vectors.get("fisher", np.zeros((size, 1, 1)))
+    seen = pool.labelled_vectors.get("fisher", np.zeros((0, *fisher.shape[1:])))
+    if not size:
+        return from_order(np.zeros(0, np.intp), {})
+    target = (fisher.sum(0) + seen.sum(0)) / (size + len(seen))
+    prior = PRIOR * max(float(np.trace(target)) / len(target), 1e-12)
+    known = seen.sum(0) + prior * np.eye(len(target))
+    left, order, tie = np.ones(size, bool), list[int](), rng.permutation(size)
+    gain = np.zeros(size)
+    for _ in range(min(size, PLACES)):
+        gain = np.array(
+            [
+                -np.trace(np.linalg.solve(known + f, target)) if free else -np.inf
+                for f, free in zip(fisher, left, strict=True)
+            ]
+        )
+        ties = np.flatnonzero(gain == gain.max())
+        order.append(int(ties[tie[ties].argmax()]))
+        left[order[-1]] = False
+        known = known + fisher[order[-1]]
+    rest = by_utility(gain, {}, rng).order
+    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {})
