@@ -335,3 +335,132 @@ def test_first_row_covers_only_what_is_missing_of_the_first_three(labelled: int)
     then = (ranking.parts["gradient"] * ranking.parts["novelty"])[ranking.order[missing:]]
     assert (np.diff(then) <= 1e-6).all()
     assert ("typicality" in ranking.parts) == (missing > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("least-confidence", "least_confidence"),
+        ("entropy-top", "entropy_top"),
+        ("entropy-foreground", "entropy_foreground"),
+        ("bald", "bald"),
+        ("pseudo-loss", "pseudo_loss"),
+        ("egl-settles", "egl_settles"),
+        ("egl-huang", "egl_huang"),
+        ("entropy-gradnorm", "entropy_gradnorm"),
+        ("coarse-egl-segment", "segment_egl"),
+        ("oracle-gradient", "oracle"),
+    ],
+)
+def test_a_score_is_wanted_high(name: str, number: str) -> None:
+    assert ordered(name, make(4, 0, **{number: np.array([0.2, 0.4, 0.1, 0.3])})) == [1, 3, 0, 2]
+
+
+def test_a_margin_is_wanted_low() -> None:
+    assert ordered("margin", make(4, 0, margin=np.array([0.2, 0.4, 0.1, 0.3]))) == [2, 0, 3, 1]
+
+
+def test_magnitude_range_goes_on_where_the_labelled_images_left_it() -> None:
+    magnitude = np.arange(16.0)
+    assert [ordered("magnitude-range", make(16, m, magnitude=magnitude))[0] for m in range(4)] == [8, 4, 12, 2]
+
+
+def test_power_bald_chooses_in_proportion_to_bald() -> None:
+    pool = make(3, 0, bald=np.array([0.5, 0.3, 0.2]))
+    firsts = [STRATEGIES["power-bald"](pool, np.random.default_rng(seed)).order[0] for seed in range(3000)]
+    np.testing.assert_allclose(np.bincount(firsts, minlength=3) / 3000, [0.5, 0.3, 0.2], atol=0.04)
+
+
+def learnt(labelled: int, sign: float) -> list[int]:
+    """Ranks five images of rising entropy after labelled ones whose gradient grew (or shrank) with entropy."""
+    pool, rising = make(5, labelled, entropy=np.arange(5.0)), np.arange(float(labelled))
+    same = {name: np.zeros(5) for name in ("egl", "least_confidence", "foreground")}
+    seen = {name: np.zeros(labelled) for name in ("egl", "least_confidence", "foreground")}
+    seen |= {"entropy": rising, "magnitude": np.exp(sign * rising)}
+    return ordered(
+        "learned-gradient", Pool(**{**vars(pool), "scores": {**pool.scores, **same}, "labelled_scores": seen})
+    )
+
+
+def test_the_learned_gradient_is_learnt() -> None:
+    assert learnt(8, 1.0) == [4, 3, 2, 1, 0]
+    assert learnt(8, -1.0) == [0, 1, 2, 3, 4]
+
+
+def test_too_few_labels_teach_no_gradient() -> None:
+    assert learnt(3, -1.0) == [4, 3, 2, 1, 0]
+
+
+def stratified(labelled: int, seed: int) -> list[int]:
+    """Ranks a pool in which the first six images hold much of a common class, the last two a little of a rare one."""
+    pool = make(8, labelled)
+    entropy = np.array([[9.0, 8, 7, 6, 5, 4, 0, 0], [0, 0, 0, 0, 0, 0, 0.2, 0.1]]).T
+    return ordered("class-stratified", Pool(**{**vars(pool), "vectors": {"class_entropy": entropy}}), seed)
+
+
+def test_classes_take_turns_and_a_rare_one_gets_its_share() -> None:
+    for seed in range(10):
+        assert set(stratified(20, seed)[:2]) == {0, 6}
+
+
+def test_the_noise_of_class_stratified_fades() -> None:
+    assert len({tuple(sorted(stratified(20, seed)[:4])) for seed in range(20)}) == 1
+    assert len({tuple(sorted(stratified(0, seed)[:4])) for seed in range(20)}) > 3
+
+
+def with_own(vectors: NDArray[np.float64]) -> Pool:
+    """A pool with these gradients against the network's own classes."""
+    return Pool(**{**vars(make(len(vectors))), "vectors": {"own": vectors}})
+
+
+def test_badge_begins_with_the_longest_and_goes_far_from_it() -> None:
+    vectors = np.array([[10.0, 0], [9.99, 0], [0, 9], [0, 8.99], [-0.001, 0]])
+    for seed in range(10):
+        order = ordered("badge", with_own(vectors), seed)
+        assert order[0] == 0
+        assert order[1] in (2, 3)
+
+
+def test_coreset_goes_to_the_farthest_image() -> None:
+    pool = make(4, 1)
+    features = np.array([[1.0], [5.0], [9.0], [20.0]])
+    assert ordered("coreset", Pool(**{**vars(pool), "features": features, "labelled_features": np.zeros((1, 1))})) == [
+        3,
+        2,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("labelled", [[], [0], [0, 1]])
+def test_typiclust_takes_one_image_of_each_group(labelled: list[int]) -> None:
+    pool, group = blobs([40, 30, 20], labelled)
+    missing = {0, 1, 2} - set(labelled)
+    assert set(group[ordered("typiclust", pool)[: len(missing)]]) == missing
+
+
+def test_bait_wants_what_the_pool_is_made_of_and_nobody_labelled() -> None:
+    fisher = np.zeros((5, 2, 2))
+    fisher[:3, 0, 0] = [1.0, 2.0, 0.5]  # most of the pool tells about the first direction
+    fisher[3:, 1, 1] = [1.0, 0.9]
+    pool = make(5, 1)
+    nothing = Pool(**{**vars(pool), "vectors": {"fisher": fisher}, "labelled_vectors": {"fisher": np.zeros((1, 2, 2))}})
+    assert ordered("bait", nothing)[0] == 1
+    known = np.diag([50.0, 0.0])[None]
+    informed = Pool(**{**vars(nothing), "labelled_vectors": {"fisher": known}})
+    assert ordered("bait", informed)[0] == 3
+
+
+def test_bait_is_greedy_on_the_trace() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(12, 4, 2))
+    fisher = root @ root.transpose(0, 2, 1)
+    pool = Pool(**{**vars(make(12)), "vectors": {"fisher": fisher}, "labelled_vectors": {}})
+    target, chosen = fisher.mean(0), list[int]()
+    known = np.eye(4) * np.trace(target) / 4
+    for _ in range(4):
+        left = [i for i in range(12) if i not in chosen]
+        best = min(left, key=lambda i: float(np.trace(np.linalg.inv(known + fisher[i]) @ target)))
+        chosen.append(best)
+        known = known + fisher[best]
+    assert ordered("bait", pool)[:4] == chosen
