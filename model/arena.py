@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.coarse import label_coarsely
 from model.data import Folder, Pair
-from model.frozen import EncodedViews, encode_views, evaluate_encoded, train_head
+from model.frozen import STEP, EncodedViews, encode_views, evaluate_encoded, train_head
 from model.network import Network, build, checkpoint_classes, load
 from model.pseudo import fine_target
 from model.scoring import Encoded, ImageScore, Scorer
@@ -75,6 +75,8 @@ class Arena:
         if frozen:
             scorer = Scorer(self.begin(0), self.classes, device)
             self._encoded = [scorer.encode(image) for image in self._images]
+            shapes = [half(mask).shape for mask in self.masks]
+            self._coarser = [Encoded(e.features, (h, w)) for e, (h, w) in zip(self._encoded, shapes, strict=True)]
             self._encoded_test = [scorer.encode(image) for image, _ in self._test]
             self._whole = self.begin(0)
             self.views = lru_cache(maxsize=2 * len(self.names))(self._views)
@@ -106,18 +108,34 @@ class Arena:
     def score(
         self, network: Network, known: Known, extras: Iterable[str], layers: str, only: Sequence[int] | None = None
     ) -> list[ImageScore]:
-        """The network's opinion of every image of the pool, or of some; the extra "oracle" looks at hidden masks."""
+        """The network's opinion of every image of the pool, or of some; the extra "oracle" looks at hidden masks.
+
+        Where only the head is trained, every `STEP`-th pixel is looked at in both directions, as in its training.
+        """
         asked = [name for name in extras if name != "oracle"]
         scorer = Scorer(network, self.classes, self.device, asked, layers)
-        sources: Sequence[Encoded | Map] = self._encoded if self.frozen and layers != "all" else self._images
+        halved = self.frozen and layers != "all"
+        sources: Sequence[Encoded | Map] = self._coarser if halved else self._images
         found = []
         for index in range(len(sources)) if only is None else only:
-            image = sources[index]
-            score = scorer.score(image, self.target(index, known))
+            image, target, true = sources[index], self.target(index, known), self._true[index]
+            if halved:
+                target, true = half(target), half(true)
+            score = scorer.score(image, target)
             if "oracle" in set(extras):
-                length = scorer.score(image, self._true[index]).magnitude
+                length = scorer.score(image, true).magnitude
                 score = replace(score, extras={**score.extras, "oracle": np.array(length)})
             found.append(score)
+        return found
+
+    def prelabel(self, network: Network, index: int) -> Map:
+        """(H, W) the network's classes of one image of the pool."""
+        if not self.frozen:
+            any_row = np.full(self.masks[index].shape, self.classes.any_row)
+            return Scorer(network, self.classes, self.device).score(self._images[index], any_row).prediction
+        encoded = self._encoded[index]
+        with torch.no_grad():
+            found: Map = network.decode(encoded.features, encoded.size).argmax(1)[0].cpu().numpy().astype(np.uint8)
         return found
 
     def test(self, network: Network) -> NDArray[np.int64]:
@@ -172,6 +190,11 @@ class Learner:
             pairs, pale = [arena.pair(i, False) for i in labelled], [arena.pair(i, True) for i in told]
             network = train(self._start, pairs, pale, arena.classes, recipe, arena.device)
         return network, time.perf_counter() - begin
+
+
+def half(rows: Map) -> Map:
+    """Every `STEP`-th pixel in both directions."""
+    return rows[::STEP, ::STEP]
 
 
 def recipe_of(steps: int, batch: int, size: int, frozen: bool) -> Recipe:

@@ -145,10 +145,10 @@ def run(curve: Curve, done: Sequence[Row], device: str) -> Iterator[Row]:
     elif len(labelled) < curve.steps[-1]:
         network, _ = learner.train(labelled)
     for n in [n for n in curve.steps if len(labelled) < n <= len(names)]:
-        chosen = choose(curve, arena, network, labelled, n - len(labelled))
-        labelled += chosen.images
+        picks = choose(curve, arena, network, labelled, n - len(labelled))
+        labelled += picks.images
         network, seconds = learner.train(labelled)
-        yield make_row(curve, arena, n, chosen, network, seconds)
+        yield make_row(curve, arena, n, picks, network, seconds)
 
 
 def without_gap(done: Sequence[Row], steps: Sequence[int]) -> list[Row]:
@@ -169,16 +169,19 @@ def choose(curve: Curve, arena: Arena, network: Network, labelled: Sequence[int]
     pool = [i for i in range(len(arena.names)) if i not in set(labelled)]
     known = Known(coarse=curve.weak or curve.strategy not in WITHOUT_COARSE, labelled=frozenset(labelled))
     rng = np.random.default_rng([curve.seed, len(labelled)])
-    if curve.strategy == "random":  # looks at nothing, so nothing but the picked images is scored
-        images = [pool[i] for i in rng.permutation(len(pool))[:count]]
-        scores = arena.score(network, known, (), "last", images)
-        return Chosen(images, [score.prediction for score in scores], time.perf_counter() - begin)
+    if curve.strategy == "random":  # looks at nothing, so nothing is scored
+        return chosen(arena, network, [pool[i] for i in rng.permutation(len(pool))[:count]], begin)
     extras = NEEDS.get(curve.strategy, ())
     scores = arena.score(network, known, extras, curve.layers)
     strategy = (STRATEGIES | REFERENCES)[curve.strategy]
     picked = strategy(as_pool([scores[i] for i in pool], [scores[i] for i in labelled], extras), rng).order[:count]
-    images = [pool[int(i)] for i in picked]
-    return Chosen(images, [scores[i].prediction for i in images], time.perf_counter() - begin)
+    return chosen(arena, network, [pool[int(i)] for i in picked], begin)
+
+
+def chosen(arena: Arena, network: Network, images: list[int], begin: float) -> Chosen:
+    """What was picked, with the network's masks of it and the seconds since `begin`."""
+    seconds = time.perf_counter() - begin
+    return Chosen(images, [arena.prelabel(network, i) for i in images], seconds)
 
 
 def as_pool(scores: Sequence[ImageScore], labelled: Sequence[ImageScore], extras: Sequence[str]) -> Pool:
@@ -207,19 +210,19 @@ def as_pool(scores: Sequence[ImageScore], labelled: Sequence[ImageScore], extras
     )
 
 
-def make_row(curve: Curve, arena: Arena, n: int, chosen: Chosen, network: Network, seconds: float) -> Row:
+def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network, seconds: float) -> Row:
     """Test the network and write down what it took to get there."""
     table = arena.test(network)
     coarse: CoarseLabels = arena.coarse
     uses_coarse = curve.weak or curve.strategy not in WITHOUT_COARSE
-    fixes, scratch = efforts(arena, chosen, uses_coarse)
+    fixes, scratch = efforts(arena, picks, uses_coarse)
     return Row(
         setting=curve.setting,
         set=arena.name,
         strategy=curve.strategy,
         seed=curve.seed,
         n=n,
-        image=" ".join(arena.names[i] for i in chosen.images),
+        image=" ".join(arena.names[i] for i in picks.images),
         mIoU=mean_iou(table),
         iou=dict(zip(arena.classes.fine, iou(table).tolist(), strict=True)),
         coarse_seconds=coarse.seconds if uses_coarse else 0.0,
@@ -231,17 +234,17 @@ def make_row(curve: Curve, arena: Arena, n: int, chosen: Chosen, network: Networ
         scratch_clicks=sum(e.clicks for e in scratch),
         scratch_repaint_share=float(np.mean([e.repaint for e in scratch])) if scratch else 0.0,
         train_seconds=seconds,
-        score_seconds=chosen.seconds,
+        score_seconds=picks.seconds,
         commit=curve.commit,
         device=arena.device_name,
     )
 
 
-def efforts(arena: Arena, chosen: Chosen, uses_coarse: bool) -> tuple[list[Effort], list[Effort]]:
+def efforts(arena: Arena, picks: Chosen, uses_coarse: bool) -> tuple[list[Effort], list[Effort]]:
     """Work on the chosen images: from the prelabel, and from an empty image."""
-    scratch = [from_scratch(arena.masks[i]) for i in chosen.images]
-    cuts = [arena.coarse.targets[i] if uses_coarse else None for i in chosen.images]
-    parts = zip(chosen.images, chosen.prelabels, cuts, strict=True)
+    scratch = [from_scratch(arena.masks[i]) for i in picks.images]
+    cuts = [arena.coarse.targets[i] if uses_coarse else None for i in picks.images]
+    parts = zip(picks.images, picks.prelabels, cuts, strict=True)
     fixes = [correct(prelabel, arena.masks[i], cut) for i, prelabel, cut in parts]
     return fixes, scratch
 
