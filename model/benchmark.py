@@ -215,7 +215,7 @@ def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network
     table = arena.test(network)
     coarse: CoarseLabels = arena.coarse
     uses_coarse = curve.weak or curve.strategy not in WITHOUT_COARSE
-    fixes, scratch = efforts(arena, picks, uses_coarse)
+    fixes, scratch = efforts(arena, picks)
     return Row(
         setting=curve.setting,
         set=arena.name,
@@ -240,12 +240,10 @@ def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network
     )
 
 
-def efforts(arena: Arena, picks: Chosen, uses_coarse: bool) -> tuple[list[Effort], list[Effort]]:
+def efforts(arena: Arena, picks: Chosen) -> tuple[list[Effort], list[Effort]]:
     """Work on the chosen images: from the prelabel, and from an empty image."""
     scratch = [from_scratch(arena.masks[i]) for i in picks.images]
-    cuts = [arena.coarse.targets[i] if uses_coarse else None for i in picks.images]
-    parts = zip(picks.images, picks.prelabels, cuts, strict=True)
-    fixes = [correct(prelabel, arena.masks[i], cut) for i, prelabel, cut in parts]
+    fixes = [correct(prelabel, arena.masks[i]) for i, prelabel in zip(picks.images, picks.prelabels, strict=True)]
     return fixes, scratch
 
 

@@ -97,10 +97,13 @@ def test_slivers_are_not_traced_and_unknown_pixels_cost_nothing() -> None:
     assert from_scratch(np.full_like(mask, IGNORE)) == (0, 0.0, 0.0)
 
 
-def test_a_cut_through_a_piece_lets_its_half_be_relabelled() -> None:
-    mask, one = stripes((20, 0), (20, 1)), stripes((40, 0))
-    assert correct(one, mask).repaint == pytest.approx(0.5)
-    assert correct(one, mask, cut=stripes((20, 0), (20, 7))) == (1, 0.0, 0.0)
+def test_specks_of_a_prelabel_are_joined_to_what_is_around() -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    speck = mask.copy()
+    speck[20, 20:27] = 1  # less than half a per cent
+    assert correct(speck, mask) == (0, 0.0, 0.0)
+    speck[18:22, 20:27] = 1
+    assert correct(speck, mask).clicks == 1
 
 
 def test_painting_from_scratch_begins_each_piece_that_is_not_background() -> None:

@@ -1,0 +1,313 @@
+"""The report of a benchmark: summary.json, figures, report.md and report.html, all from results.csv."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from model import figures
+from model.results import Row, read
+from model.statistics import REFERENCES, grouped
+from model.summary import summarise
+
+#: The labelling interface (R7), where the project's own pictures are at hand.
+INTERFACE = Path(__file__).parents[1] / "docs" / "images" / "label-coarse.png"
+#: A corrected p below this is called a difference.
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of the report: a heading, a paragraph, a picture or a table."""
+
+    kind: str
+    text: str = ""
+    path: str = ""
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def write(out: Path) -> None:
+    """Remake everything in a folder from its results.csv.
+
+    Raises:
+        ResultsError: the file is damaged.
+    """
+    rows = read(out / "results.csv")
+    facts = summarise(rows)
+    (out / "summary.json").write_text(json.dumps(facts, indent=1, allow_nan=False, default=str) + "\n", "utf-8")
+    shutil.rmtree(out / "figures", ignore_errors=True)
+    blocks = list(pages(out, rows, facts))
+    (out / "report.md").write_text(markdown(blocks), "utf-8")
+    (out / "report.html").write_text(page(blocks), "utf-8")
+
+
+def pages(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[Block]:
+    """The report, block by block; figures are saved on the way."""
+    yield Block("h1", "Which image next: learning curves")
+    if not facts["settings"]:
+        yield Block("p", "No curve is complete yet: run the benchmark on.")
+        return
+    yield Block(
+        "p",
+        f"From {facts['rows']} trained networks; code {', '.join(facts['commits'])}; {'; '.join(facts['devices'])}.",
+    )
+    for setting, told in facts["settings"].items():
+        yield Block("h2", f"In short: {setting}")
+        for name, one in told["sets"].items():
+            yield from (Block("li", sentence) for sentence in verdict(name, one))
+    groups = grouped(rows)
+    for setting, told in facts["settings"].items():
+        yield Block("h2", setting)
+        for name, caption, figure in figures.of_setting(groups[setting], told):
+            yield picture(out, f"{slug(setting)}-{name}", caption, figure)
+        yield from (Block("table", f"{name}", rows=table(one)) for name, one in told["sets"].items())
+    yield from refinement(out, facts)
+    yield from layers(out, facts)
+    yield from interface(out, facts)
+    yield Block("h2", "Protocol")
+    yield from (Block("li", sentence) for sentence in protocol(facts))
+
+
+def picture(out: Path, name: str, caption: str, figure: Figure) -> Block:
+    """Save a figure; the block that shows it."""
+    path = f"figures/{name}.png"
+    figures.save(figure, out / path)
+    return Block("img", caption, path)
+
+
+def verdict(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """Who wins, ties and loses on a data set, in sentences."""
+    strategies = facts["strategies"]
+    best = max(strategies, key=lambda s: strategies[s]["auc"])
+    full = facts["full_supervision"]
+    reach = f"; full supervision reaches {full['mean']:.3f}" if full else ""
+    found = [f"{name}: {best} has the largest area, {area(strategies[best])}{reach}."]
+    for reference in REFERENCES:
+        tests = {s: f["versus"][reference] for s, f in strategies.items() if reference in f["versus"]}
+        if tests:
+            found.append(f"{name}, against {reference} ({area(strategies[reference])}): {compared(tests)}")
+        elif reference in strategies:
+            found.append(f"{name}: too few seeds to compare with {reference}.")
+    return found
+
+
+def area(facts: Mapping[str, Any]) -> str:
+    """An area with its interval."""
+    ends = facts["auc_interval"]
+    return f"{facts['auc']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else " (one seed)")
+
+
+def compared(tests: Mapping[str, Any]) -> str:
+    """Which strategies are better, worse, and not to be told apart after correction."""
+    better = [s for s, t in tests.items() if t["p_holm"] < SIGNIFICANT and t["mean"] > 0]
+    worse = [s for s, t in tests.items() if t["p_holm"] < SIGNIFICANT and t["mean"] < 0]
+    parts = [f"significantly better {named(better, tests)}", f"significantly worse {named(worse, tests)}"]
+    rest = [s for s in tests if s not in better and s not in worse]
+    first = max(rest, key=lambda s: tests[s]["mean"]) if rest else None
+    parts += [f"{len(rest)} not to be told apart" + (f", first among them {named([first], tests)}" if first else "")]
+    return "; ".join(parts) + f" ({max(t['pairs'] for t in tests.values())} pairs of seeds at most, Holm-corrected)."
+
+
+def named(strategies: Sequence[str], tests: Mapping[str, Any]) -> str:
+    """Strategies with their differences."""
+    return (
+        ", ".join(f"{s} ({difference(tests[s])})" for s in sorted(strategies, key=lambda s: -tests[s]["mean"]))
+        or "none"
+    )
+
+
+def difference(test: Mapping[str, Any]) -> str:
+    """A difference with its interval."""
+    return f"{test['mean']:+.3f} [{test['interval'][0]:+.3f}, {test['interval'][1]:+.3f}]"
+
+
+HEAD = (
+    *("strategy", "seeds", "area [95 %]", "log area", "at the budget", "images to 90 / 95 %", "minutes to 90 / 95 %"),
+    *("from empty", "clicks to 90 %", "less random [95 %], corrected p", "less foreground-random", "gain ends"),
+    "s to train / score",
+)
+
+
+def table(facts: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """A row per strategy, the largest area first."""
+    strategies = facts["strategies"]
+    return (HEAD, *(line(s, strategies[s]) for s in sorted(strategies, key=lambda s: -strategies[s]["auc"])))
+
+
+def line(strategy: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The table's row of one strategy."""
+    versus = [facts["versus"].get(reference) for reference in REFERENCES]
+    gain = versus[0] and versus[0]["gain"]
+    return (
+        strategy,
+        str(facts["seeds"]),
+        area(facts),
+        f"{facts['auc_log']:.3f}",
+        f"{facts['final_mIoU']:.3f}",
+        f"{shown(facts['images_to_90'])} / {shown(facts['images_to_95'])}",
+        f"{minutes(facts['seconds_to_90'])} / {minutes(facts['seconds_to_95'])}",
+        f"{minutes(facts['scratch_seconds_to_90'])} / {minutes(facts['scratch_seconds_to_95'])}",
+        shown(facts["clicks_to_90"]),
+        *(f"{difference(t)}, p {t['p_holm']:.3f}" if t else "" for t in versus),
+        f"n = {gain['crosses']} [{gain['interval'][0]:.0f}, {gain['interval'][1]:.0f}]" if gain else "",
+        f"{facts['train_seconds']:.1f} / {facts['score_seconds']:.2f}",
+    )
+
+
+def shown(value: float | None) -> str:
+    """A number, or a dash where the target was not reached."""
+    return "-" if value is None or math.isnan(value) else f"{value:.0f}"
+
+
+def minutes(seconds: float | None) -> str:
+    """Seconds as minutes."""
+    return "-" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def refinement(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
+    """R8: learning pseudo ground truth, alone and beside true labels."""
+    yield Block("h2", "Learning from coarse labels alone (R8)")
+    if not facts["refinement"]:
+        yield Block("p", "Left out: no setting was run both with and without weak labels (--no-weak).")
+    for setting, sets in facts["refinement"].items():
+        figure = figures.refinement(sets)
+        yield picture(
+            out, f"{slug(setting)}-refinement", f"{setting}: with and without coarse labels in training.", figure
+        )
+        for name, strategies in sets.items():
+            for strategy, entry in strategies.items():
+                yield Block("li", f"{name}, {strategy}: {points(entry)}")
+
+
+def points(entry: Mapping[str, Any]) -> str:
+    """mIoU with and without at each n, in words."""  # noqa: D403
+    found = []
+    for n, point in entry["points"].items():
+        test = point["difference"]
+        sure = f", difference {difference(test)}" if test else ""
+        found.append(f"n = {n}: {point['mIoU'][0]:.3f} with, {point['mIoU'][1]:.3f} without{sure}")
+    return "; ".join(found) + "."
+
+
+def layers(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
+    """R10: whose gradient is taken."""
+    yield Block("h2", "Layers whose gradient is taken (R10)")
+    by_setting: dict[str, dict[str, Any]] = {}
+    for which, settings in facts["layers"].items():
+        for setting, sets in settings.items():
+            by_setting.setdefault(setting, {})[which] = sets
+    drawn = {setting: figures.layer_dots(entries) for setting, entries in by_setting.items()}
+    for setting, figure in drawn.items():
+        if figure is not None:
+            yield picture(out, f"{slug(setting)}-layers", f"{setting}: gradients of more layers.", figure)
+    if not any(drawn.values()):
+        yield Block("p", "Left out: no setting was run with --layers head or all on two seeds or more.")
+
+
+def interface(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
+    """R7: what a person sees and how long coarse labels take."""
+    yield Block("h2", "Coarse labels (R7)")
+    if INTERFACE.is_file():
+        shutil.copyfile(INTERFACE, out / "figures" / INTERFACE.name)
+        yield Block(
+            "img",
+            "A task in Label Studio: clusters with guesses; a wrong one takes a click and a key.",
+            f"figures/{INTERFACE.name}",
+        )
+    else:
+        yield Block("p", "The picture of the interface is in the project's repository.")
+    told = {name: one["coarse_seconds"] for s in facts["settings"].values() for name, one in s["sets"].items()}
+    yield from (
+        Block("li", f"{name}: {seconds:.0f} s of work on coarse labels for the whole pool.")
+        for name, seconds in told.items()
+    )
+
+
+def protocol(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the comparison rests on, and what it lacks."""
+    for setting, told in facts["settings"].items():
+        sets = told["sets"]
+        seeds = [f["seeds"] for one in sets.values() for f in one["strategies"].values()]
+        n = next(iter(sets.values()))["n"]
+        yield (
+            f"{setting}: {len(sets)} data sets, {min(seeds)} to {max(seeds)} seeds per strategy, "
+            f"{len(n) - 1} budgets from {n[1]} to {n[-1]} images."
+        )
+    yield "mIoU is of one confusion table summed over all test images, not a mean over images."
+    yield "Every training starts again from the same network and runs equally many steps; its last state is tested."
+    yield "No strategy has settings of its own; nothing was stopped early by looking at the test."
+    yield "Seeds are paired: a seed fixes initial head, order, views and ties for all strategies alike."
+    yield "Coarse labels serve all strategies alike in training; work on them is counted where they are used."
+    yield "Seconds of people's work are modelled from clicks and outlines, not measured with people."
+    fewest = min(
+        f["seeds"] for s in facts["settings"].values() for o in s["sets"].values() for f in o["strategies"].values()
+    )
+    if fewest < 5:
+        yield f"Some strategies have {fewest} seeds only, fewer than the protocol's five: read intervals, not ranks."
+
+
+def slug(text: str) -> str:
+    """A name for files."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """The report as Markdown."""
+    parts = []
+    for block in blocks:
+        text = escaped(block.text)
+        if block.kind in ("h1", "h2"):
+            parts.append(f"\n{'#' * int(block.kind[1])} {text}\n")
+        elif block.kind == "li":
+            parts.append(f"- {text}")
+        elif block.kind == "img":
+            parts.append(f"\n![{text}]({block.path})\n\n{text}\n")
+        elif block.kind == "table":
+            head, *body = [[escaped(cell) for cell in row] for row in block.rows]
+            lines = [head, ["---"] * len(head), *body]
+            parts.append(f"\n**{text}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
+        else:
+            parts.append(f"\n{text}\n")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).strip() + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return html.escape(text, quote=False).replace("|", "\\|")
+
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}"
+    "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border-bottom:1px solid #ddd;"
+    "padding:.2rem .5rem;text-align:left;white-space:nowrap}figure{margin:1rem 0}figcaption{color:#555}"
+)
+
+
+def page(blocks: Sequence[Block]) -> str:
+    """The report as one HTML page."""
+    body = "\n".join(element(block) for block in blocks)
+    title = html.escape(blocks[0].text)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def element(block: Block) -> str:
+    """One block in HTML."""
+    text = html.escape(block.text)
+    if block.kind == "img":
+        return f'<figure><img src="{html.escape(block.path)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    if block.kind == "table":
+        head, *body = block.rows
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+        return f"<h3>{text}</h3><table><tr>{cells}</tr>{lines}</table>"
+    return f"<{block.kind}>{text}</{block.kind}>"
