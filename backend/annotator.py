@@ -86,7 +86,7 @@ class Annotator:
         """The regions of the hidden mask."""
         mask = self.masks[task]
         sure = np.full(mask.shape, 255, np.uint8)
-        regions = fine_regions(mask, sure, None, self.config, (mask.shape[1], mask.shape[0]))
+        regions = fine_regions(mask, sure, self.config, (mask.shape[1], mask.shape[0]))
         return [{key: value for key, value in region.items() if key != "score"} for region in regions]
 
 

@@ -17,6 +17,8 @@ from backend.project import Index, Project, TaskRecord, coarse_table, known
 from backend.regions import coarse_regions, fine_regions
 from backend.store import Store
 from model.classes import IGNORE, UNKNOWN
+from model.clusters import without_small
+from model.effort import SMALLEST_PIECE
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ def cluster_regions(
 def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The network's mask, or before there is one the clusters' coarse classes, as pieces in the fine control.
 
-    Where a person gave the task coarse labels the mask keeps to them.
+    Specks of the network's mask are joined to their surroundings. Where a person gave the task coarse labels the mask
+    keeps to them.
     """
     record, labels = stored(project, task, state)
     own = project.own_coarse(record)
@@ -90,8 +93,10 @@ def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapp
         if clusters is None or not known(clusters).any():
             return []
         seen = from_clusters(clusters, config)
+    else:
+        seen = without_small(seen[0], SMALLEST_PIECE), seen[1]
     prediction, sure = (seen[0], seen[1]) if own is None else keep_to(own, seen[0], seen[1], config)
-    return fine_regions(prediction, sure, clusters, config, record.size)
+    return fine_regions(prediction, sure, config, record.size)
 
 
 def stored(project: Project, task: int, state: Mapping[str, Any]) -> tuple[TaskRecord, NDArray[np.uint8] | None]:

@@ -21,7 +21,7 @@ from PIL import Image
 from backend.errors import MaskError
 from backend.label_config import Control, ProjectConfig
 from backend.rle import Ints, decode_rle, encode_changes
-from model.classes import IGNORE, UNKNOWN
+from model.classes import IGNORE
 
 #: A pixel that no region covers.
 UNLABELLED = 255
@@ -172,23 +172,18 @@ def coarse_regions(
     return found
 
 
-def fine_regions(
-    prediction: Map, confidence: Map, cluster_coarse: Map | None, config: ProjectConfig, original: Size
-) -> list[Region]:
+def fine_regions(prediction: Map, confidence: Map, config: ProjectConfig, original: Size) -> list[Region]:
     """A mask as connected pieces in the fine control, largest first; an implicit background gets none.
 
     Args:
         prediction: (H, W) fine class, IGNORE for none.
         confidence: (H, W) 0..255.
-        cluster_coarse: (H, W) coarse class of the clusters: pieces are cut where it changes, so that a piece is all
-            right or all wrong more often. None does not cut.
         config: the project's controls and classes.
         original: (width, height) of the task's image.
     """
     implicit = config.background == ""
     seen = np.where(prediction == 0, IGNORE, prediction).astype(np.uint8) if implicit else prediction
-    cut = np.full_like(seen, UNKNOWN) if cluster_coarse is None else cluster_coarse
-    pieces, sizes, owner = label_pieces(seen, cut)
+    pieces, sizes, owner = label_pieces(seen)
     groups = share(sizes, owner, seen.size, config.fine.tag == "PolygonLabels")
     found = []
     for number, members in enumerate(groups):
@@ -204,24 +199,22 @@ def outlined(region: Region) -> float:
     return float(cv2.contourArea(np.array(region["value"].get("points", [[0, 0]]), np.float32)))
 
 
-def label_pieces(seen: Map, cut: Map) -> tuple[NDArray[np.int32], Ints, Ints]:
-    """Connected pieces of one class within one part.
+def label_pieces(seen: Map) -> tuple[NDArray[np.int32], Ints, Ints]:
+    """Connected pieces of one class.
 
     Args:
         seen: (H, W) class, IGNORE for none.
-        cut: (H, W) part.
 
     Returns:
         (H, W) number of the piece, 0 for none; pixels and class of each piece, by number.
     """
     pieces = np.zeros(seen.shape, np.int32)
-    key = seen.astype(np.int32) * 256 + cut
     owner = [IGNORE]
-    for value in np.unique(key[seen != IGNORE]):
-        count, numbers = cv2.connectedComponents((key == value).astype(np.uint8), connectivity=8)
+    for value in np.unique(seen[seen != IGNORE]):
+        count, numbers = cv2.connectedComponents((seen == value).astype(np.uint8), connectivity=8)
         here = numbers > 0
         pieces[here] = numbers[here] + len(owner) - 1
-        owner += [int(value) // 256] * (count - 1)
+        owner += [int(value)] * (count - 1)
     return pieces, np.bincount(pieces.ravel(), minlength=len(owner)), np.array(owner)
 
 

@@ -284,7 +284,7 @@ def test_one_bad_task_does_not_harm_the_others(
     (unreadable,) = team.studio.upload(team.id, [broken])
     (elsewhere,) = team.studio.import_tasks(team.id, [{"picture": "http://192.0.2.1/picture.jpg"}])
     sized = next(iter(team.masks))
-    wrong = fine_regions(np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8), None, team.config, (10, 10))
+    wrong = fine_regions(np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8), team.config, (10, 10))
     team.studio.create_annotation(sized, wrong)
     team.attach()
     errors = {record.id: record.error for record in team.project.index().values() if record.error}
@@ -434,7 +434,7 @@ def test_a_changed_annotation_is_learnt_again(
     one = team.wait(before)
     first = team.project.store.read_json(team.project.key("model.json"))
     annotation = team.studio.task(task, team.id)["annotations"][0]
-    whole = fine_regions(np.ones((120, 160), np.uint8), np.zeros((120, 160), np.uint8), None, team.config, (160, 120))
+    whole = fine_regions(np.ones((120, 160), np.uint8), np.zeros((120, 160), np.uint8), team.config, (160, 120))
     team.studio.update_annotation(annotation["id"], whole)
     team.wait(one)
     second = team.project.store.read_json(team.project.key("model.json"))

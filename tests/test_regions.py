@@ -83,7 +83,7 @@ def test_masks_come_back_exactly(tag: str, work: tuple[int, int], original: tupl
     config = config_of(tag)
     mask = blobs(work, 3, 2)
     mask[:5, :9] = UNLABELLED
-    result = fine_regions(mask, sure(mask), blobs(work, 2, 3), config, original)
+    result = fine_regions(mask, sure(mask), config, original)
     np.testing.assert_array_equal(to_mask(result, config.fine, work, config.classes.fine), mask)
     rows = (2 * np.arange(original[1]) + 1) * work[1] // (2 * original[1])
     columns = (2 * np.arange(original[0]) + 1) * work[0] // (2 * original[0])
@@ -106,7 +106,7 @@ def test_polygons_keep_what_lies_in_holes() -> None:
     config = config_of("PolygonLabels")
     yards = np.hypot(*np.mgrid[-60:60, -80:80])
     mask = np.select([yards < 20, yards < 24, yards < 50], [2, 0, 1], 0).astype(np.uint8)  # thin ring in a thick one
-    result = fine_regions(mask, sure(mask), None, config, (1600, 1200))
+    result = fine_regions(mask, sure(mask), config, (1600, 1200))
     back = to_mask(result, config.fine, (160, 120), config.classes.fine)
     assert (back == mask).mean() > 0.99
     assert all(0 <= value <= 100 for region in result for point in region["value"]["points"] for value in point)
@@ -142,24 +142,22 @@ def test_few_regions_with_their_own_names_even_for_speckles(tag: str) -> None:
     config = config_of(tag)
     mask = np.random.default_rng(6).integers(0, 3, (200, 300), np.uint8)
     mask[:100] = blobs((300, 100), 3, 6)
-    result = fine_regions(mask, sure(mask), None, config, (300, 200))
+    result = fine_regions(mask, sure(mask), config, (300, 200))
     assert 1 < len(result) <= MOST_REGIONS
     assert len({region["id"] for region in result}) == len(result)
     json.dumps(result)
 
 
-def test_pieces_are_connected_cut_along_clusters_and_scored() -> None:
+def test_pieces_are_connected_and_scored() -> None:
     config = config_of("BrushLabels")
-    mask, clusters = np.zeros((20, 40), np.uint8), np.zeros((20, 40), np.uint8)
+    mask = np.zeros((20, 40), np.uint8)
     mask[5:15, 5:15] = mask[5:15, 20:38] = 1
-    clusters[:, 30:] = 1
     confidence = sure(mask, 51)
-    confidence[:, 25:] = 255
-    assert len(fine_regions(mask, confidence, None, config, (40, 20))) == 3
-    result = fine_regions(mask, confidence, clusters, config, (40, 20))
+    confidence[:, 29:] = 255
+    result = fine_regions(mask, confidence, config, (40, 20))
     crops = [region for region in result if region["value"]["brushlabels"] == ["crop"]]
-    assert [region["score"] for region in crops] == [0.2, 0.6, 1.0]
-    assert len(result) == 5  # soil is cut in two
+    assert [region["score"] for region in crops] == [pytest.approx(0.6), 0.2]  # the larger one first
+    assert len(result) == 3
 
 
 def test_tiny_pieces_of_a_class_share_a_region() -> None:
@@ -167,7 +165,7 @@ def test_tiny_pieces_of_a_class_share_a_region() -> None:
     mask[10:90:10, 10:90:10] = 1
     mask[15:90:10, 15:90:10] = 2
     config = config_of("BrushLabels")
-    result = fine_regions(mask, sure(mask), None, config, (100, 100))
+    result = fine_regions(mask, sure(mask), config, (100, 100))
     assert [region["value"]["brushlabels"] for region in result] == [["soil"], ["crop"], ["weed"]]
     np.testing.assert_array_equal(to_mask(result, config.fine, (100, 100), config.classes.fine), mask)
 
@@ -175,11 +173,11 @@ def test_tiny_pieces_of_a_class_share_a_region() -> None:
 def test_an_implicit_background_gets_no_region() -> None:
     config = config_of("BrushLabels", ("crop", "weed"))
     mask = blobs((64, 48), 3, 7)
-    result = fine_regions(mask, sure(mask), None, config, (64, 48))
+    result = fine_regions(mask, sure(mask), config, (64, 48))
     assert {region["value"]["brushlabels"][0] for region in result} == {"crop", "weed"}
     back = to_mask(result, config.fine, (64, 48), config.classes.fine)
     np.testing.assert_array_equal(np.where(back == UNLABELLED, 0, back), mask)
-    assert fine_regions(mask * 0, sure(mask), None, config, (64, 48)) == []
+    assert fine_regions(mask * 0, sure(mask), config, (64, 48)) == []
 
 
 def test_clusters_carry_their_number_and_guess() -> None:
