@@ -249,7 +249,7 @@ def refinement(entries: Mapping[str, Any]) -> Figure:
                 (-0.2, 0, "#0072B2", "coarse labels learnt"),
                 (0.2, 1, "#AAAAAA", "not"),
             ):
-                heights = np.nan_to_num([first["iou"][c][side] for c in classes])
+                heights = [first["iou"][c][side] or 0.0 for c in classes]
                 top.bar(np.arange(len(classes)) + shift, heights, 0.4, color=colour, label=label)
             top.set_xticks(range(len(classes)), classes, rotation=45 if len(classes) > 4 else 0, fontsize=8)
         top.set_title(f"{name}: IoU at n = 0", fontsize=10)

@@ -150,10 +150,14 @@ def compare(plain: Curves, changed: Curves) -> dict[str, Any]:
         classes = list(at[0][0].iou)
         points[str(n)] = {
             "mIoU": [float(np.mean([row.mIoU for row in side])) for side in zip(*at, strict=True)],
-            "iou": {
-                c: [float(np.mean([row.iou[c] for row in side])) for side in zip(*at, strict=True)] for c in classes
-            },
+            "iou": {c: [mean_of([row.iou[c] for row in side]) for side in zip(*at, strict=True)] for c in classes},
             "difference": t_test(np.array([a.mIoU - b.mIoU for a, b in at])),
         }
     same = plain.n == changed.n
     return {"points": points, "auc": paired(plain, changed) if same else None, "seeds": len(seeds)}
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Mean of an IoU over seeds; None where the class was neither there nor predicted."""
+    told = [value for value in values if np.isfinite(value)]
+    return float(np.mean(told)) if told else None
