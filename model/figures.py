@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy import stats
 
@@ -72,12 +73,14 @@ def panels(rows: int, columns: int, height: float = HEIGHT) -> tuple[Figure, lis
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, [list(row) for row in grid]
 
 
 def legend(axes: Axes) -> None:
-    """Names beside a panel."""
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    """Names beside a panel that has any."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
 
 
 def axis(curves: Curves) -> Floats:
@@ -87,13 +90,13 @@ def axis(curves: Curves) -> Floats:
 
 def learning_curves(sets: Mapping[str, Group]) -> Figure:
     """mIoU against labelled images: a row per family of strategies, a column per data set."""  # noqa: D403
-    families = {
-        name: members for name, members in FAMILIES.items() if any(m in g for g in sets.values() for m in members)
-    }
-    figure, grid = panels(max(len(families), 1), len(sets))
+    present = {strategy for group in sets.values() for strategy in group}
+    families = {name: members for name, members in FAMILIES.items() if present & set(members)}
+    families = families or {"all": tuple(present)}
+    figure, grid = panels(len(families), len(sets))
     for row, (family, members) in zip(grid, families.items(), strict=False):
         for axes, (name, group) in zip(row, sets.items(), strict=True):
-            for strategy in [s for s in (*REFERENCES, *members) if s in group]:
+            for strategy in [s for s in dict.fromkeys((*REFERENCES, *members)) if s in group]:
                 draw(axes, axis(group[strategy]), group[strategy].miou, strategy)
             axes.set_title(f"{name}: {family}", fontsize=10)
             axes.set_xlabel("labelled images")
@@ -105,10 +108,11 @@ def learning_curves(sets: Mapping[str, Group]) -> Figure:
 
 
 def share_height(column: Sequence[Axes]) -> None:
-    """The same scale in all panels of a data set."""
-    low, high = min(a.get_ylim()[0] for a in column), max(a.get_ylim()[1] for a in column)
+    """The same scale in all panels of a data set: that of the lines, since bands of few seeds would dwarf them."""
+    heights = np.concatenate([np.asarray(line.get_ydata(), np.float64) for axes in column for line in axes.lines])
+    margin = 0.08 * (heights.max() - heights.min()) + 1e-3
     for axes in column:
-        axes.set_ylim(low, high)
+        axes.set_ylim(heights.min() - margin, heights.max() + margin)
 
 
 def class_curves(group: Group) -> Figure:
@@ -194,7 +198,7 @@ def cost_curves(sets: Mapping[str, Group]) -> Figure:
 
 def gains(sets: Mapping[str, Group]) -> Figure | None:
     """Difference to random at every n with its band; None without pairs."""
-    usable = {name: group for name, group in sets.items() if "random" in group}
+    usable = {name: group for name, group in sets.items() if "random" in group and len(set(FEW) & set(group)) > 1}
     if not usable:
         return None
     figure, (row,) = panels(1, len(usable))
@@ -204,6 +208,7 @@ def gains(sets: Mapping[str, Group]) -> Figure | None:
             seeds = sorted(set(group[strategy].seeds) & set(group["random"].seeds))
             if seeds:
                 draw(axes, axis(group[strategy]), difference_of(group[strategy], group["random"], seeds), strategy)
+        share_height([axes])
         axes.set_title(f"{name}: mIoU less that of random", fontsize=10)
         axes.set_xlabel("labelled images")
     legend(row[-1])
