@@ -301,11 +301,13 @@ def save(figure: Figure, path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def of_setting(sets: Mapping[str, Group], facts: Mapping[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of everything that one setting shows."""
+def of_setting(sets: Mapping[str, Group], facts: Mapping[str, Any], brief: bool) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of what one setting shows; in `brief` curves and areas, for a variant of another."""
     budget = max(budget_of(c.n) for g in sets.values() for c in g.values())
     yield "curves", f"mIoU at every n up to {budget}, mean and 95 % band over seeds.", learning_curves(sets)
     yield "auc", "Area under the learning curve with 95 % bootstrap intervals over seeds.", area_dots(sets)
+    if brief:
+        return
     if (gain := gains(sets)) is not None:
         yield (
             "gain",

@@ -67,8 +67,8 @@ def pages(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[
     groups = grouped(rows)
     for setting, told in facts["settings"].items():
         yield Block("h2", setting)
-        for name, caption, figure in figures.of_setting(groups[setting], told):
-            yield picture(out, f"{slug(setting)}-{name}", caption, figure)
+        for name, caption, figure in figures.of_setting(groups[setting], told, brief="," in setting):
+            yield picture(out, slug(f"{setting}-{name}"), caption, figure)
         yield from (Block("table", f"{name}", rows=table(one)) for name, one in told["sets"].items())
     yield from refinement(out, facts)
     yield from layers(out, facts)
