@@ -60,6 +60,7 @@ STRATEGIES = (
     "typiclust",
     "bait",
     "coverage",
+    "novel-egl",
 )
 HTTP = re.compile(r"^https?://[^/\s]+")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from model.pool import Pool, Ranking, by_utility, from_order
+from model.pool import Floats, Pool, Ranking, by_utility, from_order
 from model.spread import (
     GREEDY,
     cover,
     distances,
     farthest_first,
+    joint_rank,
     standardised,
     typical_of_uncovered,
     typicality,
@@ -39,7 +42,18 @@ def direction_range(pool: Pool, rng: np.random.Generator) -> Ranking:
 def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
     """Typical images of the largest regions of feature space without a label (TypiClust, Hacohen et al. 2022).
 
-    The first `COVER` places know each other; the rest follows by typicality.
+    The first `PLACES` know each other; the rest follows by typicality.
+    """
+    return covering(pool, [], rng)
+
+
+def covering(pool: Pool, wishes: Sequence[Floats], rng: np.random.Generator) -> Ranking:
+    """The best images of the largest regions without a label, by typicality and further wishes.
+
+    Args:
+        pool: its features say what the regions are.
+        wishes: (N,) each; what an image should have besides being typical.
+        rng: of clusters and ties.
     """
     size = len(pool)
     if size < 2:
@@ -47,8 +61,9 @@ def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
     features, labelled = standardised(pool.features, pool.labelled_features)
     sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     typical = typicality(features, features[sample])
-    first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
-    rest = by_utility(typical, {}, rng).order
+    parts = [typical, *wishes]
+    first = sample[cover(features[sample], labelled, [part[sample] for part in parts], PLACES, rng)]
+    rest = by_utility(joint_rank(parts), {}, rng).order
     return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
 
 

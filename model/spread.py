@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
@@ -104,9 +106,9 @@ def distances(a: Floats, b: Floats) -> NDArray[np.float64]:
 
 
 def cover(
-    features: Floats, labelled: Floats, typical: Floats, places: int, rng: np.random.Generator
+    features: Floats, labelled: Floats, wishes: Sequence[Floats], places: int, rng: np.random.Generator
 ) -> NDArray[np.intp]:
-    """One image after another: the most typical one of the largest cluster that has neither label nor choice yet.
+    """One image after another: the best one of the largest cluster that has neither label nor choice yet.
 
     The number of clusters grows with every choice, as in TypiClust with a query size of one. Where every cluster has
     a label, those with the fewest come first.
@@ -114,7 +116,7 @@ def cover(
     Args:
         features: (N, F) of the pool.
         labelled: (M, F).
-        typical: (N,) typicality.
+        wishes: (N,) each, such as typicality; in a cluster the image with the highest mean of ranks is best.
         places: how many to choose; at most N are.
         rng: of the clusters.
 
@@ -133,7 +135,7 @@ def cover(
         members = np.bincount(found[free], minlength=k)
         best = np.lexsort((-members, seen, members == 0))[0]
         free = free[found[free] == best]
-        chosen.append(int(free[typical[free].argmax()]))
+        chosen.append(int(free[joint_rank([wish[free] for wish in wishes]).argmax()]))
     return np.array(chosen, np.intp)
 
 
@@ -161,6 +163,12 @@ def typical_of_uncovered(features: Floats, labelled: Floats, chosen: list[int], 
     members = np.flatnonzero(found == rng.choice(np.flatnonzero(size == size.max())))
     near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
     return int(members[rng.choice(np.flatnonzero(near == near.max()))])
+
+
+def joint_rank(wishes: Sequence[Floats]) -> NDArray[np.float64]:
+    """(N,) geometric mean of the ranks that images have by several numbers, 0 to 1: high where all are high."""
+    ranks = [rankdata(wish) / len(wish) for wish in wishes]
+    return np.asarray(np.exp(np.mean(np.log(ranks), axis=0)), np.float64)
 
 
 def van_der_corput(size: int) -> NDArray[np.intp]:

@@ -13,22 +13,28 @@ __all__ = ["COVER", "DEFAULT", "NEEDS", "REFERENCES", "STRATEGIES", "Pool", "Ran
 
 
 def first_row(pool: Pool, rng: np.random.Generator) -> Ranking:
-    """Cover with the first images, then coarse EGL times novelty of direction."""
+    """The most telling typical image of the largest region of feature space without a label, one image at a time.
+
+    Telling is the expected squared gradient given the coarse label, one label a segment (`coarse-egl-segment`). By
+    itself it asks for outliers, which teach little about the rest; typicality alone asks for what is known already.
+    """
+    telling = pool.scores["segment_egl"]
+    order, utility, parts = by_vector.covering(pool, [telling], rng)
+    return Ranking(order, utility, {**parts, "gradient": np.sqrt(np.maximum(telling, 0))})
+
+
+def novel_egl(pool: Pool, rng: np.random.Generator) -> Ranking:
+    """Cover with the first images, then length of the gradient (root of the coarse EGL) times novelty of direction."""
     missing = COVER - len(pool.labelled_features)
-    scored = novel_egl(pool, rng)
+    length = np.sqrt(np.maximum(pool.scores["coarse_egl"], 0))
+    far = farthest_first(unit(pool.embedding), unit(pool.labelled_embedding), length, rng)
+    scored = Ranking(far.order, far.utility, {"gradient": length, "novelty": far.novelty})
     if missing <= 0:
         return scored
     head = by_vector.coverage(pool, rng)
     chosen = head.order[:missing]
     order = np.concatenate([chosen, scored.order[~np.isin(scored.order, chosen)]]).astype(np.intp)
     return from_order(order, {**head.parts, **scored.parts})
-
-
-def novel_egl(pool: Pool, rng: np.random.Generator) -> Ranking:
-    """Root of the coarse EGL (a gradient length) times 1 - max cos to labelled and better placed images."""
-    length = np.sqrt(np.maximum(pool.scores["coarse_egl"], 0))
-    far = farthest_first(unit(pool.embedding), unit(pool.labelled_embedding), length, rng)
-    return Ranking(far.order, far.utility, {"gradient": length, "novelty": far.novelty})
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -59,12 +65,14 @@ STRATEGIES: dict[str, Strategy] = {
     "typiclust": by_vector.typiclust,
     "bait": by_vector.bait,
     "coverage": by_vector.coverage,
+    "novel-egl": novel_egl,
 }
 DEFAULT = "first-row"
 #: Strategies that look at hidden labels: a benchmark's references, no choice for a live project.
 REFERENCES: dict[str, Strategy] = {"oracle-gradient": by_score.oracle_gradient}
 #: Numbers and arrays from `model.extras` that a strategy reads besides the plain ones.
 NEEDS: dict[str, tuple[str, ...]] = {
+    "first-row": ("segment_egl",),
     "entropy-top": ("entropy_top",),
     "entropy-foreground": ("entropy_foreground",),
     "bald": ("bald",),

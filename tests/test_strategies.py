@@ -93,7 +93,7 @@ def test_same_seed_same_answer(name: str, labelled: int) -> None:
     np.testing.assert_array_equal(first.utility, second.utility)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - CHANCE - {"coverage", "first-row", "typiclust"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - CHANCE - {"coverage", "first-row", "novel-egl", "typiclust"}))
 def test_the_order_of_tasks_in_the_project_means_nothing(name: str) -> None:
     pool, rows = make(50, 3), np.random.default_rng(1).permutation(50)
     assert [int(rows[i]) for i in ordered(name, taken(pool, rows))] == ordered(name, pool)
@@ -285,14 +285,14 @@ def blobs(sizes: list[int], labelled: list[int], seed: int = 0) -> tuple[Pool, N
     return Pool(pool.scores, pool.embedding, features, pool.labelled_embedding, seen), group
 
 
-@pytest.mark.parametrize("name", ["coverage", "first-row"])
+@pytest.mark.parametrize("name", ["coverage", "first-row", "novel-egl"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_first_three_images_are_of_three_groups(name: str, seed: int) -> None:
     pool, group = blobs([20, 30, 25], [], seed)
     assert set(group[ordered(name, pool, seed)[:COVER]]) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", ["coverage", "first-row"])
+@pytest.mark.parametrize("name", ["coverage", "first-row", "novel-egl"])
 def test_coverage_begins_where_nobody_labelled(name: str) -> None:
     pool, group = blobs([40, 30, 5], [0, 1])
     assert group[ordered(name, pool)[0]] == 2
@@ -316,9 +316,9 @@ def test_coverage_of_a_sampled_pool_still_finds_all_groups() -> None:
     assert set(group[ordered("coverage", pool)[:COVER]]) == {0, 1, 2}
 
 
-def test_first_row_multiplies_gradient_length_by_novelty_once_three_are_labelled() -> None:
+def test_novel_egl_multiplies_gradient_length_by_novelty_once_three_are_labelled() -> None:
     pool = pointing([0, 90, 90, 10], labelled=[0, 0, 0], coarse_egl=np.array([100.0, 4.0, 9.0, 100.0]))
-    ranking = ask("first-row", pool)
+    ranking = ask("novel-egl", pool)
     novelty = 1 - np.cos(np.radians([0, 90, 90, 10]))
     # The two at 90 degrees are copies: after the longer one the shorter one is nothing new.
     assert [int(i) for i in ranking.order[:2]] == [2, 3]
@@ -328,9 +328,9 @@ def test_first_row_multiplies_gradient_length_by_novelty_once_three_are_labelled
 
 
 @pytest.mark.parametrize("labelled", range(COVER + 1))
-def test_first_row_covers_only_what_is_missing_of_the_first_three(labelled: int) -> None:
+def test_novel_egl_covers_only_what_is_missing_of_the_first_three(labelled: int) -> None:
     pool, group = blobs([20, 20, 20], list(range(labelled)))
-    ranking, missing = ask("first-row", pool), COVER - labelled
+    ranking, missing = ask("novel-egl", pool), COVER - labelled
     assert set(group[ranking.order[:missing]]) == set(range(labelled, COVER))
     then = (ranking.parts["gradient"] * ranking.parts["novelty"])[ranking.order[missing:]]
     assert (np.diff(then) <= 1e-6).all()
@@ -464,3 +464,25 @@ def test_bait_is_greedy_on_the_trace() -> None:
         chosen.append(best)
         known = known + fisher[best]
     assert ordered("bait", pool)[:4] == chosen
+
+
+def test_first_row_takes_the_telling_and_typical_image_of_each_group() -> None:
+    pool, group = blobs([20, 30, 25], [])
+    typical = ask("coverage", pool).parts["typicality"]
+    telling = np.random.default_rng(1).random(75)
+    pool = Pool(**{**vars(pool), "scores": {**pool.scores, "segment_egl": telling}})
+    first = ordered("first-row", pool)[:COVER]
+    assert set(group[first]) == {0, 1, 2}
+    for image in first:
+        rivals = np.flatnonzero(group == group[image])
+        # Nobody in its group is both more typical and more telling.
+        assert not ((typical[rivals] > typical[image]) & (telling[rivals] > telling[image])).any()
+
+
+def test_among_equally_typical_images_first_row_takes_the_telling_one() -> None:
+    features = np.array([[0.0, 0], [0, 2], [2, 0], [2, 2]])  # a square: all are alike to the others
+    pool = make(4, 0, segment_egl=np.array([0.1, 0.4, 0.2, 0.3]))
+    assert (
+        ordered("first-row", Pool(**{**vars(pool), "features": features, "labelled_features": np.zeros((0, 2))}))[0]
+        == 1
+    )
