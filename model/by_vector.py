@@ -9,12 +9,12 @@ import numpy as np
 from model.pool import Floats, Pool, Ranking, by_utility, from_order
 from model.spread import (
     GREEDY,
+    best_of_uncovered,
     cover,
     distances,
     farthest_first,
     joint_rank,
     standardised,
-    typical_of_uncovered,
     typicality,
     unit,
 )
@@ -40,20 +40,9 @@ def direction_range(pool: Pool, rng: np.random.Generator) -> Ranking:
 
 
 def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
-    """Typical images of the largest regions of feature space without a label (TypiClust, Hacohen et al. 2022).
+    """Typical images of the largest regions of feature space without a label (after TypiClust, Hacohen et al. 2022).
 
-    The first `PLACES` know each other; the rest follows by typicality.
-    """
-    return covering(pool, [], rng)
-
-
-def covering(pool: Pool, wishes: Sequence[Floats], rng: np.random.Generator) -> Ranking:
-    """The best images of the largest regions without a label, by typicality and further wishes.
-
-    Args:
-        pool: its features say what the regions are.
-        wishes: (N,) each; what an image should have besides being typical.
-        rng: of clusters and ties.
+    Features are standardised. The first `COVER` places know each other; the rest follows by typicality.
     """
     size = len(pool)
     if size < 2:
@@ -61,9 +50,8 @@ def covering(pool: Pool, wishes: Sequence[Floats], rng: np.random.Generator) -> 
     features, labelled = standardised(pool.features, pool.labelled_features)
     sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     typical = typicality(features, features[sample])
-    parts = [typical, *wishes]
-    first = sample[cover(features[sample], labelled, [part[sample] for part in parts], PLACES, rng)]
-    rest = by_utility(joint_rank(parts), {}, rng).order
+    first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
+    rest = by_utility(typical, {}, rng).order
     return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
 
 
@@ -109,18 +97,30 @@ def coreset(pool: Pool, rng: np.random.Generator) -> Ranking:
 
 def typiclust(pool: Pool, rng: np.random.Generator) -> Ranking:
     """The most typical image of the largest cluster without a label (Hacohen et al. 2022), one image at a time."""
+    return best_of_clusters(pool, [], rng)
+
+
+def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Generator) -> Ranking:
+    """TypiClust where a cluster's image need not only be typical.
+
+    Args:
+        pool: its features are clustered, one cluster more than there are labels.
+        wishes: (N,) each; see `best_of_uncovered`.
+        rng: of clusters and ties.
+
+    Returns:
+        The first `PLACES` know each other; the rest follows by typicality and wishes.
+    """
+    size, order = len(pool), list[int]()
     features = pool.features.astype(np.float64)
     labelled = pool.labelled_features.astype(np.float64).reshape(-1, features.shape[1] or 1)
-    order = list[int]()
-    if len(features) > COVERED:
-        rows = np.sort(rng.choice(len(features), COVERED, replace=False))
-    else:
-        rows = np.arange(len(features))
+    rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     for _ in range(min(len(rows), PLACES)):
-        order.append(typical_of_uncovered(features[rows], labelled, order, rng))
+        order.append(best_of_uncovered(features[rows], labelled, order, [wish[rows] for wish in wishes], rng))
     first = rows[order].astype(np.intp)
-    rest = by_utility(typicality(features, features[rows]) if len(rows) > 1 else np.zeros(len(rows)), {}, rng).order
-    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {})
+    typical = typicality(features, features[rows]) if len(rows) > 1 else np.zeros(len(rows))
+    rest = by_utility(joint_rank([typical, *wishes]), {}, rng).order
+    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
 
 
 def bait(pool: Pool, rng: np.random.Generator) -> Ranking:

@@ -106,9 +106,9 @@ def distances(a: Floats, b: Floats) -> NDArray[np.float64]:
 
 
 def cover(
-    features: Floats, labelled: Floats, wishes: Sequence[Floats], places: int, rng: np.random.Generator
+    features: Floats, labelled: Floats, typical: Floats, places: int, rng: np.random.Generator
 ) -> NDArray[np.intp]:
-    """One image after another: the best one of the largest cluster that has neither label nor choice yet.
+    """One image after another: the most typical one of the largest cluster that has neither label nor choice yet.
 
     The number of clusters grows with every choice, as in TypiClust with a query size of one. Where every cluster has
     a label, those with the fewest come first.
@@ -116,7 +116,7 @@ def cover(
     Args:
         features: (N, F) of the pool.
         labelled: (M, F).
-        wishes: (N,) each, such as typicality; in a cluster the image with the highest mean of ranks is best.
+        typical: (N,) typicality.
         places: how many to choose; at most N are.
         rng: of the clusters.
 
@@ -135,12 +135,14 @@ def cover(
         members = np.bincount(found[free], minlength=k)
         best = np.lexsort((-members, seen, members == 0))[0]
         free = free[found[free] == best]
-        chosen.append(int(free[joint_rank([wish[free] for wish in wishes]).argmax()]))
+        chosen.append(int(free[typical[free].argmax()]))
     return np.array(chosen, np.intp)
 
 
-def typical_of_uncovered(features: Floats, labelled: Floats, chosen: list[int], rng: np.random.Generator) -> int:
-    """The image that has most close neighbours in the largest cluster with neither label nor choice.
+def best_of_uncovered(
+    features: Floats, labelled: Floats, chosen: list[int], wishes: Sequence[Floats], rng: np.random.Generator
+) -> int:
+    """The best image of the largest cluster with neither label nor choice: typical there, and high in every wish.
 
     One cluster more than there are labels and choices. Where all clusters have one, any image.
 
@@ -148,6 +150,7 @@ def typical_of_uncovered(features: Floats, labelled: Floats, chosen: list[int], 
         features: (N, F) of the pool.
         labelled: (M, F).
         chosen: pool indices that count as labelled.
+        wishes: (N,) each; the mean of an image's ranks by these and by typicality in the cluster decides.
         rng: of the clusters, and of ties.
     """
     both = np.concatenate([features, labelled])
@@ -162,7 +165,8 @@ def typical_of_uncovered(features: Floats, labelled: Floats, chosen: list[int], 
         return int(rng.choice(free))
     members = np.flatnonzero(found == rng.choice(np.flatnonzero(size == size.max())))
     near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
-    return int(members[rng.choice(np.flatnonzero(near == near.max()))])
+    best = joint_rank([near, *(wish[members] for wish in wishes)])
+    return int(members[rng.choice(np.flatnonzero(best == best.max()))])
 
 
 def joint_rank(wishes: Sequence[Floats]) -> NDArray[np.float64]:

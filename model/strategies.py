@@ -19,7 +19,7 @@ def first_row(pool: Pool, rng: np.random.Generator) -> Ranking:
     itself it asks for outliers, which teach little about the rest; typicality alone asks for what is known already.
     """
     telling = pool.scores["segment_egl"]
-    order, utility, parts = by_vector.covering(pool, [telling], rng)
+    order, utility, parts = by_vector.best_of_clusters(pool, [telling], rng)
     return Ranking(order, utility, {**parts, "gradient": np.sqrt(np.maximum(telling, 0))})
 
 
