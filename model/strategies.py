@@ -15,10 +15,10 @@ __all__ = ["COVER", "DEFAULT", "NEEDS", "REFERENCES", "STRATEGIES", "Pool", "Ran
 def first_row(pool: Pool, rng: np.random.Generator) -> Ranking:
     """The most telling typical image of the largest region of feature space without a label, one image at a time.
 
-    Telling is the expected squared gradient given the coarse label, one label a segment (`coarse-egl-segment`). By
-    itself it asks for outliers, which teach little about the rest; typicality alone asks for what is known already.
+    Telling is the expected squared gradient (`egl`). By itself it asks for outliers, which teach little about the rest;
+    typicality alone asks for what is known already.
     """
-    telling = pool.scores["segment_egl"]
+    telling = pool.scores["egl"]
     order, utility, parts = by_vector.best_of_clusters(pool, [telling], rng)
     return Ranking(order, utility, {**parts, "gradient": np.sqrt(np.maximum(telling, 0))})
 
@@ -72,7 +72,6 @@ DEFAULT = "first-row"
 REFERENCES: dict[str, Strategy] = {"oracle-gradient": by_score.oracle_gradient}
 #: Numbers and arrays from `model.extras` that a strategy reads besides the plain ones.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "first-row": ("segment_egl",),
     "entropy-top": ("entropy_top",),
     "entropy-foreground": ("entropy_foreground",),
     "bald": ("bald",),

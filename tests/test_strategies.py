@@ -470,7 +470,7 @@ def test_bait_is_greedy_on_the_trace() -> None:
 def test_first_row_takes_the_telling_and_typical_image_of_the_group_without_a_label(seed: int) -> None:
     pool, group = blobs([20, 30, 25], [0, 1], seed)
     telling = np.random.default_rng(seed).random(75)
-    first = ordered("first-row", Pool(**{**vars(pool), "scores": {**pool.scores, "segment_egl": telling}}))[0]
+    first = ordered("first-row", Pool(**{**vars(pool), "scores": {**pool.scores, "egl": telling}}))[0]
     assert group[first] == 2
     rivals = np.flatnonzero(group == 2)
     typical = dict(zip(rivals, typicality(pool.features[rivals], pool.features[rivals]), strict=True))
@@ -480,7 +480,7 @@ def test_first_row_takes_the_telling_and_typical_image_of_the_group_without_a_la
 
 def test_among_equally_typical_images_first_row_takes_the_telling_one() -> None:
     features = np.array([[0.0, 0], [0, 2], [2, 0], [2, 2]])  # a square: all are alike to the others
-    pool = make(4, 0, segment_egl=np.array([0.1, 0.4, 0.2, 0.3]))
+    pool = make(4, 0, egl=np.array([0.1, 0.4, 0.2, 0.3]))
     assert (
         ordered("first-row", Pool(**{**vars(pool), "features": features, "labelled_features": np.zeros((0, 2))}))[0]
         == 1
