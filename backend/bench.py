@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 import os
-import queue as queues
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from backend.curves import device, over_processes, over_workers
 from backend.enqueue import Board
 from backend.errors import BenchError
 from model import results
-from model.benchmark import SCALES, Curve, run, train_source
+from model.benchmark import SCALES, Curve, train_source
 from model.data import FolderError, ImageError
 from model.field import write_folder
 from model.network import PretrainedError
@@ -37,8 +33,6 @@ log = logging.getLogger(__name__)
 RENDERED = {"source": (80, 20), "target": (100, 40)}
 #: `random` runs with this many times the seeds: everything is compared with it.
 RANDOM_SEEDS = 3
-#: Seconds between looks at processes and jobs.
-LOOK = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ def bench(order: Order, workers: int, board: Board | None, console: Console) -> 
     except (FolderError, ImageError, PretrainedError, results.ResultsError) as error:
         raise BenchError(str(error)) from error
     rows = sum(len(missing(curve, done)) for curve in curves)
-    make = over_workers(board, order) if board else over_processes(workers)
+    make = over_workers(board, order.out) if board else over_processes(workers)
     written, faults = 0, list[str]()
     with bar(console) as progress:
         task = progress.add_task(f"{len(curves)} curves", total=rows)
@@ -151,8 +145,6 @@ def plan(order: Order) -> Iterator[Curve]:
 
 
 Known = dict[tuple[str, str, str, int], list[Row]]
-Asked = Sequence[tuple[Curve, Sequence[Row]]]
-Found = Iterator[Row | str]
 
 
 def by_curve(rows: Iterable[Row]) -> Known:
@@ -181,81 +173,6 @@ def finished(curve: Curve, done: Known) -> bool:
     return not missing(curve, done)
 
 
-def over_processes(workers: int) -> Callable[[Asked], Found]:
-    """Runs curves in processes of this machine, one thread each on the CPU."""
-
-    def rows(asked: Asked) -> Found:
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager:
-            inbox: Any = manager.Queue()
-            with ProcessPoolExecutor(workers, context, initializer=ready) as pool:
-                yield from collected([(c, pool.submit(work, c, d, inbox.put)) for c, d in asked], inbox)
-
-    return rows
-
-
-def collected(futures: Sequence[tuple[Curve, Future[None]]], inbox: Any) -> Found:
-    """Rows as they come, then the faults of curves that failed."""
-    left = dict(enumerate(futures))
-    while left:
-        ended = [number for number, (_, future) in left.items() if future.done()]
-        yield from emptied(inbox, LOOK if not ended else 0.0)
-        for number in ended:
-            curve, future = left.pop(number)
-            if error := future.exception():
-                yield fault(curve, error)
-    yield from emptied(inbox, 0.0)
-
-
-def emptied(inbox: Any, wait: float) -> Iterator[Row]:
-    """What is in the inbox; waits for a first row."""
-    try:
-        while True:
-            yield inbox.get(timeout=wait) if wait else inbox.get_nowait()
-            wait = 0.0
-    except queues.Empty:
-        return
-
-
-def fault(curve: Curve, error: BaseException) -> str:
-    """One line about a curve that failed."""
-    what = "its process died (memory?)" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
-    return f"{Path(curve.data).name}, {curve.strategy}, seed {curve.seed}: {what}"
-
-
-def ready() -> None:
-    """Before a process's first curve: it has one core, and dies with its parent's terminal."""
-    torch.set_num_threads(1)
-
-
-def work(curve: Curve, done: Sequence[Row], emit: Callable[[Row], object]) -> None:
-    """Run one curve and hand out each row as soon as it is there."""
-    for row in run(curve, done, device()):
-        emit(row)
-
-
-def over_workers(board: Board, order: Order) -> Callable[[Asked], Found]:
-    """Runs curves on rq workers, which must see data and results folder under the same paths."""
-
-    def rows(asked: Asked) -> Found:
-        name = str(order.out.resolve())
-        jobs = [board.enqueue_curve(name, c.to_json(), [row.to_csv() for row in d]) for c, d in asked]
-        for cells in board.curve_rows(name, jobs, LOOK):
-            yield cells if isinstance(cells, str) else Row.from_csv(cells)
-
-    return rows
-
-
-def curve_job(name: str, curve: dict[str, Any], done: list[dict[str, Any]]) -> None:
-    """The job of one curve on an rq worker; rows go back through Redis."""
-    from backend.context import connect
-    from backend.settings import Settings
-
-    board = connect(Settings.read()).board
-    rows = [Row.from_csv({key: str(value) for key, value in cells.items()}) for cells in done]
-    work(Curve.from_json(curve), rows, lambda row: board.put_row(name, {k: str(v) for k, v in row.to_csv().items()}))
-
-
 def report(out: Path) -> Path:
     """Remake figures, tables and summary from a folder's results.
 
@@ -280,11 +197,6 @@ def render(folder: Path) -> None:
     """Render a source and a target field, the sets of this project's own benchmark that need no download."""
     for style, (train, test) in RENDERED.items():
         write_folder(folder / f"field-{style}", train, test, "source" if style == "source" else "target", seed=1)
-
-
-def device() -> str:
-    """CUDA where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def commit() -> str:

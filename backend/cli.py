@@ -7,12 +7,13 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import orjson
 from redis import RedisError
 from rich.console import Console
 
+from backend import cli_bench
+from backend.cli_bench import positive
 from backend.errors import FirstRowError
 from backend.settings import Settings
 
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _attach(commands.add_parser("attach", help="connect a project; safe to repeat"))
     _detach(commands.add_parser("detach", help="put back what was there before attach"))
     _status(commands.add_parser("status", help="stages, round, jobs, head of the queue, last error"))
-    _bench(commands.add_parser("bench", help="learning curves of query strategies on pixel-labelled folders"))
+    cli_bench.add(commands.add_parser("bench", help="learning curves of query strategies on pixel-labelled folders"))
     secret = commands.add_parser("secret", help="print the secret to enter as Basic auth password (user firstrow)")
     secret.set_defaults(run=_run_secret)
     return parser
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FOLDER", help="a pixel-labelled folder; a rendered field by default")
     parser.add_argument("--folder", default=".demo", help="where it keeps its things (default: %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=4, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=4, help="(default: %(default)s)")
     parser.add_argument("--exit", action="store_true", help="stop everything at the end")
     parser.set_defaults(run=_run_demo)
 
@@ -66,8 +67,8 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 when Label Studio is elsewhere (default: %(default)s)"
     )
-    parser.add_argument("--port", type=_positive, help="(default: FIRSTROW_PORT)")
-    parser.add_argument("--workers", type=_positive, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--port", type=positive, help="(default: FIRSTROW_PORT)")
+    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
     parser.set_defaults(run=_run_serve)
 
 
@@ -101,37 +102,8 @@ def _status(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_status)
 
 
-def _bench(parser: argparse.ArgumentParser) -> None:
-    steps = parser.add_subparsers(required=True, metavar="STEP")
-    run = steps.add_parser("run", help="run what is missing in a folder of results")
-    run.add_argument("--data", action="append", required=True, metavar="DIR", help="pixel-labelled; may be repeated")
-    run.add_argument("--source", metavar="DIR", help="pixel-labelled folder to learn first")
-    run.add_argument("--strategies", type=_names, required=True, metavar="A,B", help="see README")
-    run.add_argument("--budget", type=_positive, default=20, help="labelled images (default: %(default)s)")
-    run.add_argument("--tail", type=_counts, default=(), metavar="25,50,100", help="further numbers of labelled images")
-    run.add_argument("--query-size", type=_positive, default=1, help="picked at a time (default: %(default)s)")
-    run.add_argument("--seeds", type=_positive, default=5, help="curves per strategy (default: %(default)s)")
-    run.add_argument(
-        "--scale", choices=("smoke", "head", "small", "gpu"), default="head", help="(default: %(default)s)"
-    )
-    run.add_argument("--network", default="lraspp_efficientnet_lite0", help="(default: %(default)s)")
-    run.add_argument("--start", choices=("pretrained", "scratch"), default="pretrained", help="(default: %(default)s)")
-    run.add_argument("--no-weak", action="store_true", help="train on full labels only")
-    run.add_argument("--layers", choices=("last", "head", "all"), default="last", help="whose gradient (default: last)")
-    run.add_argument("--workers", type=_positive, help="processes (default: the cores, or 1 for a GPU)")
-    run.add_argument("--queue", action="store_true", help="over firstrow workers; they must see the same folders")
-    run.add_argument("--out", required=True, metavar="OUT", help="folder of the results")
-    run.set_defaults(run=_run_bench)
-    report = steps.add_parser("report", help="figures, tables and summary of a folder of results")
-    report.add_argument("out", metavar="OUT")
-    report.set_defaults(run=_run_report)
-    render = steps.add_parser("render", help="render two pixel-labelled fields, field-source and field-target")
-    render.add_argument("out", metavar="DIR")
-    render.set_defaults(run=_run_render)
-
-
 def _project(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--project", type=_positive, required=True, metavar="ID", help="Label Studio's project id")
+    parser.add_argument("--project", type=positive, required=True, metavar="ID", help="Label Studio's project id")
 
 
 def _run_demo(given: argparse.Namespace) -> int:
@@ -193,42 +165,6 @@ def _run_status(given: argparse.Namespace) -> None:
         show(found, Console())
 
 
-def _run_bench(given: argparse.Namespace) -> None:
-    from backend import bench
-    from backend.enqueue import Board
-
-    order = bench.Order(
-        data=tuple(Path(folder) for folder in given.data),
-        strategies=given.strategies,
-        budget=given.budget,
-        tail=given.tail,
-        query_size=given.query_size,
-        seeds=given.seeds,
-        scale=given.scale,
-        network=given.network,
-        start=given.start,
-        source=Path(given.source) if given.source else None,
-        weak=not given.no_weak,
-        layers=given.layers,
-        out=Path(given.out),
-    )
-    board = Board(_settings(quiet=True).redis_url) if given.queue else None
-    written = bench.bench(order, given.workers or bench.cores(), board, Console(stderr=True))
-    _say(f"{written} rows written to {order.out / 'results.csv'}")
-
-
-def _run_report(given: argparse.Namespace) -> None:
-    from backend import bench
-
-    _say(f"report in {bench.report(Path(given.out))}")
-
-
-def _run_render(given: argparse.Namespace) -> None:
-    from backend import bench
-
-    bench.render(Path(given.out))
-
-
 def _run_secret(given: argparse.Namespace) -> None:
     _say(_settings(quiet=True).secret_value())
 
@@ -253,25 +189,11 @@ def _group(text: str) -> tuple[str, list[str]]:
     return name.strip(), found
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in text.split(",")}))
-
-
 def _queues(text: str) -> str:
     names = text.split(",")
     if not names or set(names) - {"gpu", "default"} or len(set(names)) != len(names):
         raise argparse.ArgumentTypeError("one or both of gpu and default, with a comma between")
     return text
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _say(text: str) -> None:

@@ -223,7 +223,7 @@ class Board:
     def enqueue_curve(self, name: str, curve: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> Job:
         """Queue one learning curve of the benchmark of that name."""
         return self.queue(GPU).enqueue(
-            "backend.bench.curve_job",
+            "backend.curves.curve_job",
             args=(name, curve, done),
             job_timeout=CURVE_TIMEOUT,
             result_ttl=KEEP_RESULT,

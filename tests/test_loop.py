@@ -24,6 +24,7 @@ from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
 from backend.project import COARSE_COPY, Project
 from backend.regions import fine_regions, to_mask
+from backend.score import read_scores
 from model.data import Folder
 
 SEG = """<View><Image name="photo" value="$picture"/><{tag} name="seg" toName="photo">
@@ -479,3 +480,17 @@ def test_bitmask_prelabels_are_pictures_that_label_studio_shows(
     assert picture.shape == (120, 160, 4)
     control = team.config.fine
     assert (to_mask(regions[:1], control, (160, 120), control.labels) != 255).any()
+
+
+def test_a_strategy_that_needs_more_than_the_plain_numbers_gets_it(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_STRATEGY="bait"), pictures)
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    team.wait(before)
+    found = read_scores(team.backend.context, team.project, team.config, team.project.index())
+    assert found.rows.keys() == set(team.masks)
+    assert found.extras["fisher"].shape == (len(pictures), 48, 48)
+    assert len(team.ranking()) == len(pictures) - 1
+    assert team.backend.context.board.error(team.id) is None
