@@ -113,7 +113,9 @@ def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Genera
     """
     size, order = len(pool), list[int]()
     features = pool.features.astype(np.float64)
-    labelled = pool.labelled_features.astype(np.float64).reshape(-1, features.shape[1] or 1)
+    labelled: Floats = pool.labelled_features.astype(np.float64).reshape(-1, features.shape[1] or 1)
+    if len(labelled) > COVERED:
+        labelled = labelled[rng.choice(len(labelled), COVERED, replace=False)]
     rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     for _ in range(min(len(rows), PLACES)):
         order.append(best_of_uncovered(features[rows], labelled, order, [wish[rows] for wish in wishes], rng))

@@ -19,6 +19,8 @@ GREEDY = 300
 NEIGHBOURS = 20
 #: Clusters of feature space at most; more would be single images.
 MOST_CLUSTERS = 50
+#: Clusters of TypiClust at most; with more labels, several share one.
+MOST_REGIONS = 200
 #: Rows whose distances are held in memory at a time.
 CHUNK = 1000
 
@@ -144,7 +146,8 @@ def best_of_uncovered(
 ) -> int:
     """The best image of the largest cluster with neither label nor choice: typical there, and high in every wish.
 
-    One cluster more than there are labels and choices. Where all clusters have one, any image.
+    One cluster more than there are labels and choices, so that one has none, up to `MOST_REGIONS`; from there on those
+    with the fewest count.
 
     Args:
         features: (N, F) of the pool.
@@ -154,16 +157,15 @@ def best_of_uncovered(
         rng: of the clusters, and of ties.
     """
     both = np.concatenate([features, labelled])
-    k = min(len(labelled) + len(chosen) + 1, len(both))
+    k = min(len(labelled) + len(chosen) + 1, len(both), MOST_REGIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: no harm
         found = KMeans(k, n_init="auto", random_state=int(rng.integers(2**31))).fit(both).labels_
-    size = np.bincount(found, minlength=k)
-    size[found[[*chosen, *range(len(features), len(both))]]] = 0
     free = np.setdiff1d(np.arange(len(features)), chosen)
-    if not size.any():
-        return int(rng.choice(free))
-    members = np.flatnonzero(found == rng.choice(np.flatnonzero(size == size.max())))
+    size = np.bincount(found[free], minlength=k)
+    seen = np.bincount(found[[*chosen, *range(len(features), len(both))]], minlength=k)
+    fewest = (size > 0) & (seen == seen[size > 0].min())
+    members = free[found[free] == rng.choice(np.flatnonzero(fewest & (size == size[fewest].max())))]
     near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
     best = joint_rank([near, *(wish[members] for wish in wishes)])
     return int(members[rng.choice(np.flatnonzero(best == best.max()))])

@@ -485,3 +485,10 @@ def test_among_equally_typical_images_first_row_takes_the_telling_one() -> None:
         ordered("first-row", Pool(**{**vars(pool), "features": features, "labelled_features": np.zeros((0, 2))}))[0]
         == 1
     )
+
+
+@pytest.mark.parametrize("name", ["first-row", "typiclust"])
+def test_with_more_labels_than_clusters_a_group_without_one_still_comes_first(name: str) -> None:
+    pool, group = blobs([40, 30, 20], [0] * 200 + [1] * 150)
+    pool.features[group == 2] = pool.features[group == 2][0]  # a region too tight to be split
+    assert group[ordered(name, pool)[0]] == 2
