@@ -169,8 +169,10 @@ def test_features_computed_once_score_like_the_image(arena: Arena) -> None:
     known = Known(coarse=True, labelled=frozenset([0]))
     assert isinstance(arena._encoded[0], Encoded)
     by_features, by_image = arena.score(network, known, (), "last"), arena.score(network, known, (), "all")
-    for one, other in zip(by_features, by_image, strict=True):
-        assert one.coarse_egl == pytest.approx(other.coarse_egl, rel=1e-4)
+    for one, other in zip(by_features, by_image, strict=True):  # the former at every second pixel
+        assert one.entropy == pytest.approx(other.entropy, rel=0.02)
+        assert one.foreground == pytest.approx(other.foreground, abs=0.02)
+        np.testing.assert_allclose(one.features, other.features, rtol=0.1, atol=0.1)
 
 
 def test_the_oracle_sees_hidden_masks(arena: Arena) -> None:
@@ -424,7 +426,7 @@ def test_two_folders_of_one_name_are_refused(field: Path, tmp_path: Path) -> Non
 def test_a_curve_that_fails_is_named_and_the_others_are_kept(field: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(BenchError, match=r"of 8 curves failed, the first empty, .*dataset\.json"):
+    with pytest.raises(BenchError, match=r"5 of 10 curves failed, first: empty, .*dataset\.json"):
         bench.bench(orders(field, tmp_path / "out", data=(empty, field)), 1, None, quiet())
     assert keys(tmp_path / "out") == EXPECTED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from backend.labelstudio import LabelStudio
 from backend.settings import OTHERS, Settings
 from model.field import render
 from model.network import NETWORKS
+from model.results import read
 from model.strategies import STRATEGIES
+from model.summary import summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -216,3 +219,36 @@ def test_the_label_config_is_one_for_the_rendered_field(label_studio: LabelStudi
     assert len(hotkeys) == len(set(hotkeys)) == 6
     made = label_studio.create_project("the label config of the README", xml)
     assert label_studio.project(made["id"])["label_config"] == xml.strip()
+
+
+BENCHMARK = ROOT / "docs" / "benchmark"
+
+
+def test_the_benchmarks_summary_is_that_of_its_rows() -> None:
+    facts = summarise(read(BENCHMARK / "results.csv"))
+    kept = json.loads((BENCHMARK / "summary.json").read_text())
+    assert facts["rows"] == kept["rows"]
+    for setting, told in kept["settings"].items():
+        for name, one in told["sets"].items():
+            found = facts["settings"][setting]["sets"][name]["strategies"]
+            assert found.keys() == one["strategies"].keys()
+            for strategy, numbers in one["strategies"].items():
+                assert found[strategy]["auc"] == pytest.approx(numbers["auc"]), (setting, name, strategy)
+
+
+def test_the_readme_tells_the_benchmarks_areas() -> None:
+    sets = json.loads((BENCHMARK / "summary.json").read_text())["settings"]["pretrained head"]["sets"]
+    table = rows("area under mIoU(1..20)")
+    assert len(table) >= 5
+    for strategy, cells in table.items():
+        for name, cell in zip(("peanut", "field-target", "camvid"), cells, strict=True):
+            facts = sets[name]["strategies"][strategy]
+            low, high = facts["auc_interval"]
+            assert cell == f"{facts['auc']:.3f} [{low:.3f}, {high:.3f}]", (strategy, name)
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "docs" / "strategies.md", BENCHMARK / "report.md"]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
