@@ -172,7 +172,8 @@ def test_features_computed_once_score_like_the_image(arena: Arena) -> None:
     for one, other in zip(by_features, by_image, strict=True):  # the former at every second pixel
         assert one.entropy == pytest.approx(other.entropy, rel=0.02)
         assert one.foreground == pytest.approx(other.foreground, abs=0.02)
-        np.testing.assert_allclose(one.features, other.features, rtol=0.1, atol=0.1)
+        whole = len(one.features) // 2
+        np.testing.assert_allclose(one.features[:whole], other.features[:whole], rtol=1e-4, atol=1e-4)
 
 
 def test_the_oracle_sees_hidden_masks(arena: Arena) -> None:
