@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from model import figures
 from model.pages import Block, markdown, page, slug
+from model.report_protocol import caution, pitfalls, protocol
+from model.report_sections import difference, ending, ends, interface, layers, picture, refinement
 from model.results import Row, read
-from model.statistics import REFERENCES, grouped
+from model.statistics import REFERENCES, grouped, unfinished
 from model.summary import summarise
 
 #: The labelling interface (R7), where the project's own pictures are at hand.
@@ -30,7 +30,7 @@ def write(out: Path) -> None:
         ResultsError: the file is damaged.
     """
     rows = read(out / "results.csv")
-    facts = summarise(rows)
+    facts = summarise(rows) | {"unfinished": unfinished(rows)}
     (out / "summary.json").write_text(json.dumps(facts, indent=1, allow_nan=False, default=str) + "\n", "utf-8")
     shutil.rmtree(out / "figures", ignore_errors=True)
     blocks = list(pages(out, rows, facts))
@@ -48,6 +48,7 @@ def pages(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[
         "p",
         f"From {facts['rows']} trained networks; code {', '.join(facts['commits'])}; {'; '.join(facts['devices'])}.",
     )
+    yield from (Block("p", sentence) for sentence in caution(facts))
     for setting, told in facts["settings"].items():
         yield Block("h2", f"In short: {setting}")
         for name, one in told["sets"].items():
@@ -58,18 +59,13 @@ def pages(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[
         for name, caption, figure in figures.of_setting(groups[setting], told, brief="," in setting):
             yield picture(out, slug(f"{setting}-{name}"), caption, figure)
         yield from (Block("table", f"{name}", rows=table(one)) for name, one in told["sets"].items())
+    yield from ends(facts)
     yield from refinement(out, facts)
     yield from layers(out, facts)
-    yield from interface(out, facts)
+    yield from interface(out, facts, INTERFACE)
     yield Block("h2", "Protocol")
-    yield from (Block("li", sentence) for sentence in protocol(facts))
-
-
-def picture(out: Path, name: str, caption: str, figure: Figure) -> Block:
-    """Save a figure; the block that shows it."""
-    path = f"figures/{name}.png"
-    figures.save(figure, out / path)
-    return Block("img", caption, path)
+    yield from (Block("li", sentence) for sentence in protocol(rows, facts))
+    yield Block("table", "Pitfalls of such comparisons", rows=pitfalls(rows, facts))
 
 
 def verdict(name: str, facts: Mapping[str, Any]) -> list[str]:
@@ -78,7 +74,9 @@ def verdict(name: str, facts: Mapping[str, Any]) -> list[str]:
     best = max(strategies, key=lambda s: strategies[s]["auc"])
     full = facts["full_supervision"]
     reach = f"; full supervision reaches {full['mean']:.3f}" if full else ""
-    found = [f"{name}: {best} has the largest area, {area(strategies[best])}{reach}."]
+    seeds = strategies[best]["seeds"]
+    over = f" over {seeds} seeds" if seeds > 1 else ""
+    found = [f"{name}: {best} has the largest area, {area(strategies[best])}{over}, which claims nothing{reach}."]
     for reference in REFERENCES:
         tests = {s: f["versus"][reference] for s, f in strategies.items() if reference in f["versus"]}
         if tests:
@@ -113,11 +111,6 @@ def named(strategies: Sequence[str], tests: Mapping[str, Any]) -> str:
     )
 
 
-def difference(test: Mapping[str, Any]) -> str:
-    """A difference with its interval."""
-    return f"{test['mean']:+.3f} [{test['interval'][0]:+.3f}, {test['interval'][1]:+.3f}]"
-
-
 HEAD = (
     *("strategy", "seeds", "area [95 %]", "log area", "at the budget", "images to 90 / 95 %", "minutes to 90 / 95 %"),
     *("from empty", "clicks to 90 %", "less random [95 %], corrected p", "less foreground-random", "gain ends"),
@@ -146,7 +139,7 @@ def line(strategy: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
         f"{minutes(facts['scratch_seconds_to_90'])} / {minutes(facts['scratch_seconds_to_95'])}",
         shown(facts["clicks_to_90"]),
         *(f"{difference(t)}, p {t['p_holm']:.3f}" if t else "" for t in versus),
-        f"n = {gain['crosses']} [{gain['interval'][0]:.0f}, {gain['interval'][1]:.0f}]" if gain else "",
+        ending(gain) if gain else "",
         f"{facts['train_seconds']:.1f} / {facts['score_seconds']:.2f}",
     )
 
@@ -159,85 +152,3 @@ def shown(value: float | None) -> str:
 def minutes(seconds: float | None) -> str:
     """Seconds as minutes."""
     return "-" if seconds is None else f"{seconds / 60:.1f}"
-
-
-def refinement(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
-    """R8: learning pseudo ground truth, alone and beside true labels."""
-    yield Block("h2", "Learning from coarse labels alone (R8)")
-    if not facts["refinement"]:
-        yield Block("p", "Left out: no setting was run both with and without weak labels (--no-weak).")
-    for setting, sets in facts["refinement"].items():
-        figure = figures.refinement(sets)
-        yield picture(
-            out, f"{slug(setting)}-refinement", f"{setting}: with and without coarse labels in training.", figure
-        )
-        for name, strategies in sets.items():
-            for strategy, entry in strategies.items():
-                yield Block("li", f"{name}, {strategy}: {points(entry)}")
-
-
-def points(entry: Mapping[str, Any]) -> str:
-    """mIoU with and without at each n, in words."""  # noqa: D403
-    found = []
-    for n, point in entry["points"].items():
-        test = point["difference"]
-        sure = f", difference {difference(test)}" if test else ""
-        found.append(f"n = {n}: {point['mIoU'][0]:.3f} with, {point['mIoU'][1]:.3f} without{sure}")
-    return "; ".join(found) + "."
-
-
-def layers(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
-    """R10: whose gradient is taken."""
-    yield Block("h2", "Layers whose gradient is taken (R10)")
-    by_setting: dict[str, dict[str, Any]] = {}
-    for which, settings in facts["layers"].items():
-        for setting, sets in settings.items():
-            by_setting.setdefault(setting, {})[which] = sets
-    drawn = {setting: figures.layer_dots(entries) for setting, entries in by_setting.items()}
-    for setting, figure in drawn.items():
-        if figure is not None:
-            yield picture(out, f"{slug(setting)}-layers", f"{setting}: gradients of more layers.", figure)
-    if not any(drawn.values()):
-        yield Block("p", "Left out: no setting was run with --layers head or all on two seeds or more.")
-
-
-def interface(out: Path, facts: Mapping[str, Any]) -> Iterator[Block]:
-    """R7: what a person sees and how long coarse labels take."""
-    yield Block("h2", "Coarse labels (R7)")
-    if INTERFACE.is_file():
-        shutil.copyfile(INTERFACE, out / "figures" / INTERFACE.name)
-        yield Block(
-            "img",
-            "A task in Label Studio: clusters with guesses; a wrong one takes a click and a key.",
-            f"figures/{INTERFACE.name}",
-        )
-    else:
-        yield Block("p", "The picture of the interface is in the project's repository.")
-    told = {name: one["coarse_seconds"] for s in facts["settings"].values() for name, one in s["sets"].items()}
-    yield from (
-        Block("li", f"{name}: {seconds:.0f} s of work on coarse labels for the whole pool.")
-        for name, seconds in told.items()
-    )
-
-
-def protocol(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What the comparison rests on, and what it lacks."""
-    for setting, told in facts["settings"].items():
-        sets = told["sets"]
-        seeds = [f["seeds"] for one in sets.values() for f in one["strategies"].values()]
-        n = next(iter(sets.values()))["n"]
-        yield (
-            f"{setting}: {len(sets)} data sets, {min(seeds)} to {max(seeds)} seeds per strategy, "
-            f"{len(n) - 1} budgets from {n[1]} to {n[-1]} images."
-        )
-    yield "mIoU is of one confusion table summed over all test images, not a mean over images."
-    yield "Every training starts again from the same network and runs equally many steps; its last state is tested."
-    yield "No strategy has settings of its own; nothing was stopped early by looking at the test."
-    yield "Seeds are paired: a seed fixes initial head, order, views and ties for all strategies alike."
-    yield "Coarse labels serve all strategies alike in training; work on them is counted where they are used."
-    yield "Seconds of people's work are modelled from clicks and outlines, not measured with people."
-    fewest = min(
-        f["seeds"] for s in facts["settings"].values() for o in s["sets"].values() for f in o["strategies"].values()
-    )
-    if fewest < 5:
-        yield f"Some strategies have {fewest} seeds only, fewer than the protocol's five: read intervals, not ranks."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,31 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from model.metrics import area_under_curve
-from model.results import FULL, Row
+from model.report_curves import Curves, Floats, Group, budget_of, grouped, references, unfinished
 
-Floats = NDArray[np.float64]
+__all__ = [
+    "LEVEL",
+    "REFERENCES",
+    "RESAMPLES",
+    "SHARES",
+    "Curves",
+    "Floats",
+    "Group",
+    "areas",
+    "budget_of",
+    "crossing",
+    "difference_of",
+    "grouped",
+    "holm",
+    "images_to",
+    "interval",
+    "paired",
+    "penalties",
+    "references",
+    "shared_steps",
+    "t_test",
+    "unfinished",
+]
 
 #: Resamples of a bootstrap, and its coverage.
 RESAMPLES, LEVEL = 10_000, 0.95
@@ -21,85 +42,6 @@ RESAMPLES, LEVEL = 10_000, 0.95
 REFERENCES = ("random", "foreground-random")
 #: Shares of full supervision that are aimed at.
 SHARES = (0.90, 0.95)
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The complete learning curves of one setting, one data set and one strategy.
-
-    Attributes:
-        n: (T,) labelled images, rising from 0.
-        seeds: (S,) of the curves.
-        rows: per seed, a row for every n.
-    """
-
-    n: tuple[int, ...]
-    seeds: tuple[int, ...]
-    rows: tuple[tuple[Row, ...], ...]
-
-    def values(self, read: Callable[[Row], float]) -> Floats:
-        """(S, T) one number of every row."""
-        return np.array([[read(row) for row in curve] for curve in self.rows], np.float64)
-
-    @property
-    def miou(self) -> Floats:
-        """(S, T) mean IoU."""
-        return self.values(lambda row: row.mIoU)
-
-    def seconds(self, scratch: bool) -> Floats:
-        """(S, T) a person's work up to each n: with prelabels and coarse labels, or from scratch without either."""
-        step = self.values(lambda row: row.scratch_seconds if scratch else row.full_seconds)
-        coarse = 0 if scratch else self.values(lambda row: row.coarse_seconds)
-        return np.asarray(step.cumsum(1) + coarse, np.float64)
-
-    def clicks(self) -> Floats:
-        """(S, T) pieces relabelled up to each n."""
-        return np.asarray(self.values(lambda row: float(row.fix_clicks)).cumsum(1), np.float64)
-
-
-Group = dict[str, Curves]
-
-
-def grouped(rows: Iterable[Row]) -> dict[str, dict[str, Group]]:
-    """Complete curves by setting, set and strategy; the reference and unfinished curves are left out.
-
-    A set's curves are complete up to the longest run of n = 0, 1, ... that its longest curve has.
-    """
-    bag: dict[tuple[str, str], dict[str, dict[int, list[Row]]]] = {}
-    for row in sorted(rows, key=lambda row: row.n):
-        if row.strategy != FULL:
-            bag.setdefault((row.setting, row.set), {}).setdefault(row.strategy, {}).setdefault(row.seed, []).append(row)
-    found: dict[str, dict[str, Group]] = {}
-    for (setting, name), strategies in bag.items():
-        longest = max((curve for seeds in strategies.values() for curve in seeds.values()), key=len)
-        steps = tuple(row.n for row in longest)
-        group = {strategy: complete(seeds, steps) for strategy, seeds in strategies.items()}
-        group = {strategy: curves for strategy, curves in group.items() if curves.seeds}
-        if group and len(steps) > 2:
-            found.setdefault(setting, {})[name] = group
-    return found
-
-
-def complete(seeds: Mapping[int, Sequence[Row]], steps: tuple[int, ...]) -> Curves:
-    """The seeds whose curves have every step."""
-    whole = {seed: tuple(rows) for seed, rows in sorted(seeds.items()) if tuple(row.n for row in rows) == steps}
-    return Curves(steps, tuple(whole), tuple(whole.values()))
-
-
-def references(rows: Iterable[Row]) -> dict[tuple[str, str], Floats]:
-    """(S,) mean IoU of full supervision by setting and set."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if row.strategy == FULL:
-            found.setdefault((row.setting, row.set), []).append(row.mIoU)
-    return {key: np.array(values) for key, values in found.items()}
-
-
-def budget_of(n: Sequence[int]) -> int:
-    """The last n up to which images were picked at one rate; what follows is the tail."""
-    steps = np.diff(n)
-    same = np.flatnonzero(steps != steps[0])
-    return int(n[same[0]] if same.size else n[-1])
 
 
 def areas(curves: Curves, log: bool = False) -> Floats:
@@ -174,18 +116,28 @@ def wins(ours: Curves, theirs: Curves) -> float:
     seeds = sorted(set(ours.seeds) & set(theirs.seeds))
     if len(seeds) < 2:
         return 0.0
-    difference = difference_of(ours, theirs, seeds)
-    inside = (np.array(ours.n) >= 1) & (np.array(ours.n) <= budget_of(ours.n))
+    difference, n = difference_of(ours, theirs, seeds), np.array(shared_steps(ours, theirs))
+    inside = (n >= 1) & (n <= budget_of(n))
     mean, deviation = difference.mean(0)[inside], difference.std(0, ddof=1)[inside]
     t = np.sqrt(len(seeds)) * mean / np.where(deviation > 0, deviation, np.inf)
     t = np.where((deviation == 0) & (mean > 0), np.inf, t)
     return float((t > stats.t.ppf(0.975, len(seeds) - 1)).mean())
 
 
+def shared_steps(ours: Curves, theirs: Curves) -> tuple[int, ...]:
+    """The n that both have; one may have a tail that the other lacks."""
+    return tuple(n for n in ours.n if n in theirs.n)
+
+
 def difference_of(ours: Curves, theirs: Curves, seeds: Sequence[int]) -> Floats:
-    """(S, T) our mIoU less theirs, seed by seed."""
-    a, b = (dict(zip(curves.seeds, curves.miou, strict=True)) for curves in (ours, theirs))
-    return np.array([a[seed] - b[seed] for seed in seeds])
+    """(S, T) our mIoU less theirs, seed by seed, at the n that both have."""
+    n = shared_steps(ours, theirs)
+
+    def at(curves: Curves) -> Floats:
+        places = np.ix_([curves.seeds.index(s) for s in seeds], [curves.n.index(m) for m in n])
+        return np.asarray(curves.miou[places], np.float64)
+
+    return at(ours) - at(theirs)
 
 
 def crossing(ours: Curves, theirs: Curves) -> dict[str, Any] | None:
@@ -193,29 +145,34 @@ def crossing(ours: Curves, theirs: Curves) -> dict[str, Any] | None:
 
     Returns:
         `significant_until`, the last n of the leading run of n >= 1 at which the 95 % interval of the mean difference
-        lies above 0 (0: none); `crosses`, the first n from which on the mean difference, smoothed over three n, is not
-        positive, and its bootstrap `interval` (the last n stands for "never"); None of fewer than two pairs.
+        lies above 0 (0: none); `crosses`, the first n at which the mean difference, smoothed over three n, is not
+        positive, and its bootstrap `interval` (None: not within the curve); None of fewer than two pairs.
     """
     seeds = sorted(set(ours.seeds) & set(theirs.seeds))
-    if len(seeds) < 2:
+    n = np.array(shared_steps(ours, theirs))
+    if len(seeds) < 2 or not (n >= 1).any():
         return None
-    n = np.array(ours.n[1:])
-    difference = difference_of(ours, theirs, seeds)[:, 1:]
+    difference, n = difference_of(ours, theirs, seeds)[:, n >= 1], n[n >= 1]
     error = difference.std(0, ddof=1) / np.sqrt(len(seeds))
     above = difference.mean(0) - stats.t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * error > 0
-    until = int(n[above.argmin() - 1]) if not above.all() and above.argmin() else int(n[-1]) if above.all() else 0
+    count = len(n) if above.all() else int(above.argmin())
     draws = np.random.default_rng(0).integers(len(seeds), size=(1000, len(seeds)))
-    points = [first_loss(n, difference[draw].mean(0)) for draw in draws]
-    low, high = np.quantile(points, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    points = np.sort([first_loss(n, difference[draw].mean(0)) for draw in draws])
+    ends = [points[round((len(points) - 1) * share)] for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)]
     return {
-        "significant_until": until,
-        "crosses": first_loss(n, difference.mean(0)),
-        "interval": [float(low), float(high)],
+        "significant_until": int(n[count - 1]) if count else 0,
+        "crosses": within(first_loss(n, difference.mean(0))),
+        "interval": [within(end) for end in ends],
     }
 
 
-def first_loss(n: NDArray[np.integer], difference: Floats) -> int:
-    """The first n at which a smoothed difference is not positive; the last n where it always is."""
+def within(n: float) -> int | None:
+    """A crossing point, None where there is none."""
+    return int(n) if np.isfinite(n) else None
+
+
+def first_loss(n: NDArray[np.integer], difference: Floats) -> float:
+    """The first n at which a smoothed difference is not positive; infinite where it always is."""
     smooth = np.convolve(np.pad(difference, 1, mode="edge"), np.ones(3) / 3, mode="valid")
     lost = np.flatnonzero(smooth <= 0)
-    return int(n[lost[0]] if lost.size else n[-1])
+    return float(n[lost[0]]) if lost.size else np.inf

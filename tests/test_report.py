@@ -1,186 +1,26 @@
-"""Statistics of learning curves against values known by hand or by construction, and the report made of them."""
+"""The report of a benchmark: a better strategy wins, an equal one does not, and whatever is missing is said."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
+from test_statistics import base, better, curve, equal, row, scene
 
 from backend import bench
 from backend.errors import BenchError
 from model import results
+from model.figures import gains, learning_curves
+from model.report_axes import COLOURS, FAMILIES, look
+from model.report_sections import interface
 from model.results import FULL, Row
-from model.statistics import (
-    areas,
-    budget_of,
-    crossing,
-    grouped,
-    holm,
-    images_to,
-    interval,
-    paired,
-    penalties,
-    t_test,
-)
+from model.statistics import REFERENCES, grouped
 from model.summary import summarise
-
-Height = Callable[[int, int], float]
-
-
-def row(strategy: str, seed: int, n: int, miou: float, setting: str = "pretrained head", name: str = "field") -> Row:
-    """A row of that height; an image takes 60 s from a prelabel, 100 s from empty, coarse labels 30 s."""
-    return Row(
-        setting=setting,
-        set=name,
-        strategy=strategy,
-        seed=seed,
-        n=n,
-        image=f"i{n}" if n else "",
-        mIoU=miou,
-        iou={"soil": miou, "<b>weed|</b>": math.nan if n == 0 else miou / 2},
-        coarse_seconds=30.0,
-        full_seconds=60.0 if n else 0.0,
-        scratch_seconds=100.0 if n else 0.0,
-        fix_clicks=3 if n else 0,
-        repaint_share=0.1,
-        scratch_clicks=9,
-        scratch_repaint_share=0.5,
-        train_seconds=2.0,
-        score_seconds=1.0,
-        commit="abc",
-        device="CPU",
-    )
-
-
-def curve(
-    strategy: str, height: Height, seeds: Sequence[int] = range(5), steps: Sequence[int] = range(11), **where: str
-) -> list[Row]:
-    """A curve per seed."""
-    return [row(strategy, seed, n, height(seed, n), **where) for seed in seeds for n in steps]
-
-
-def base(seed: int, n: int) -> float:
-    """What random reaches: a rising curve that depends on the seed."""
-    return 0.5 + 0.02 * n + 0.01 * np.sin(7 * seed)
-
-
-def noisy(seed: int, n: int, strength: float = 0.01) -> float:
-    """Noise without a mean over seeds and steps to speak of, the same whenever it is asked for."""
-    return strength * float(np.random.default_rng([seed, n]).normal())
-
-
-def better(seed: int, n: int) -> float:
-    return base(seed, n) + 0.05 + noisy(seed, n, 0.002)
-
-
-def equal(seed: int, n: int) -> float:
-    return base(seed, n) + noisy(seed, n)
-
-
-def scene() -> list[Row]:
-    """Random, one that is better, one that is not, and full supervision."""
-    rows = curve("random", base, range(9)) + curve("typiclust", better) + curve("entropy", equal)
-    return rows + [row(FULL, seed, 50, 0.8) for seed in range(2)]
-
-
-def group_of(rows: Sequence[Row], setting: str = "pretrained head", name: str = "field"):  # type: ignore[no-untyped-def]
-    return grouped(rows)[setting][name]
-
-
-def test_an_area_is_the_mean_height_from_one_image_on() -> None:
-    rows = curve("random", lambda seed, n: float(n), seeds=[0], steps=[0, 1, 2, 3])
-    assert areas(group_of(rows)["random"]).tolist() == [2.0]
-    rows = curve("random", lambda seed, n: math.log(max(n, 1)), seeds=[0], steps=[0, 1, 2, 3])
-    assert areas(group_of(rows)["random"], log=True)[0] == pytest.approx(math.log(3) / 2)
-
-
-def test_the_tail_does_not_count_for_the_area() -> None:
-    steps = [0, 1, 2, 3, 4, 10, 50]
-    assert budget_of(steps) == 4
-    assert budget_of([0, 5, 10, 15]) == 15
-    rows = curve("random", lambda seed, n: 1.0 if n <= 4 else 9.0, seeds=[0], steps=steps)
-    assert areas(group_of(rows)["random"]).tolist() == [1.0]
-
-
-def test_unfinished_curves_are_left_out() -> None:
-    rows = curve("random", base, range(3)) + curve("entropy", equal, range(2)) + curve("entropy", equal, [2], range(6))
-    assert group_of(rows)["entropy"].seeds == (0, 1)
-    assert group_of(rows)["random"].seeds == (0, 1, 2)
-    assert grouped(curve("random", base, [0], [0, 1])) == {}
-
-
-def test_intervals_hold_the_mean_and_need_two_seeds() -> None:
-    values = np.array([0.4, 0.5, 0.6, 0.55])
-    low, high = interval(values) or (0, 0)
-    assert 0.4 <= low < values.mean() < high <= 0.6
-    assert interval(values[:1]) is None
-    assert interval(values) == interval(values)
-
-
-def test_paired_differences_are_scipys() -> None:
-    a, b = np.array([0.5, 0.7, 0.65]), np.array([0.4, 0.62, 0.6])
-    found = t_test(a - b)
-    assert found is not None
-    assert found["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
-    assert found["interval"] == pytest.approx(list(stats.ttest_rel(a, b).confidence_interval(0.95)))
-    assert t_test(np.array([0.1])) is None
-    same, shifted = t_test(np.zeros(3)), t_test(np.full(3, 0.25))
-    assert same is not None
-    assert shifted is not None
-    assert (same["p"], shifted["p"]) == (1.0, 0.0)
-
-
-def test_pairs_are_the_seeds_in_common() -> None:
-    group = group_of(scene())
-    found = paired(group["typiclust"], group["random"])
-    assert found is not None
-    assert found["pairs"] == 5
-    assert found["mean"] == pytest.approx(0.05, abs=0.002)
-
-
-def test_holm_by_hand() -> None:
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert holm({}) == {}
-
-
-def test_images_to_a_target() -> None:
-    curves = group_of(curve("random", lambda seed, n: 0.1 * n, [0]))["random"]
-    assert images_to(curves, 0.45) == 5
-    assert images_to(curves, 2.0) is None
-
-
-def test_the_penalty_matrix_counts_budgets_that_are_won() -> None:
-    def half(seed: int, n: int) -> float:
-        return base(seed, n) + (0.1 + noisy(seed, n, 0.001) if n > 5 else noisy(seed, n))
-
-    rows = curve("random", base) + curve("typiclust", better) + curve("entropy", half)
-    rows += [Row(**{**vars(r), "set": "other"}) for r in rows]
-    names, table = penalties(grouped(rows)["pretrained head"])
-    at = {name: i for i, name in enumerate(names)}
-    assert table[at["typiclust"], at["random"]] == 2.0  # all budgets of both sets
-    assert table[at["random"], at["typiclust"]] == 0.0
-    assert table[at["entropy"], at["random"]] >= 1.0  # n = 6 to 10, half of the budgets of both
-    assert np.diag(table).tolist() == [0, 0, 0]
-
-
-def test_gains_end_where_the_difference_does() -> None:
-    def early(seed: int, n: int) -> float:
-        return base(seed, n) + (0.1 if n <= 4 else -0.1) + noisy(seed, n, 0.002)
-
-    group = group_of(curve("random", base) + curve("coverage", early) + curve("typiclust", better))
-    found = crossing(group["coverage"], group["random"])
-    assert found is not None
-    assert found["significant_until"] == 4
-    assert found["crosses"] in (4, 5)
-    forever = crossing(group["typiclust"], group["random"])
-    assert forever is not None
-    assert forever["significant_until"] == forever["crosses"] == 10
 
 
 def test_a_summary_holds_what_was_put_in() -> None:
@@ -243,6 +83,11 @@ def test_the_report_is_complete_and_the_same_each_time(tmp_path: Path) -> None:
     assert "significantly worse none; 1 not to be told apart, first among them entropy" in markdown
     assert "<other>" not in text
     assert "<b>weed" not in text
+    assert r"&lt;b&gt;weed\|&lt;/b&gt;" in markdown  # a table's cell, in one piece
+    assert "foreground-random in 0 of 6 comparisons" in markdown
+    assert "strategies of one seed do not start alike" in markdown
+    assert "above random at every n from 1 to 10, the last n there is" in markdown
+    assert max(p.stat().st_size for p in (tmp_path / "figures").iterdir() if p.name != "label-coarse.png") < 150_000
 
 
 def test_no_win_is_claimed_of_one_seed(tmp_path: Path) -> None:
@@ -252,7 +97,7 @@ def test_no_win_is_claimed_of_one_seed(tmp_path: Path) -> None:
     assert "significantly better" not in text
     assert "too few seeds to compare with random" in text
     assert "(one seed)" in text
-    assert "1 seeds only, fewer than the protocol's five" in text
+    assert "1 seed only, fewer than the protocol's five" in text
     assert "Left out: no setting was run both with and without weak labels" in text
 
 
@@ -266,3 +111,98 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("a,b\n")
     with pytest.raises(BenchError, match="other columns"):
         bench.report(tmp_path)
+
+
+def report_of(folder: Path, rows: Sequence[Row]) -> str:
+    """The Markdown made of some rows."""
+    results.append(folder / "results.csv", rows)
+    bench.report(folder)
+    json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    return (folder / "report.md").read_text()
+
+
+def test_every_strategy_has_a_look_of_its_own() -> None:
+    known = [*REFERENCES, *(name for members in FAMILIES.values() for name in members)]
+    assert len({str(look(name)) for name in known}) == len(known)
+    assert look("mine") == look("mine") != look("first-row")
+    assert {"random", "typiclust"} <= set(known)
+
+
+def test_a_figure_shows_colours_as_they_are(tmp_path: Path) -> None:
+    report_of(tmp_path, tiny() + curve("entropy", equal, [0, 1], range(4)))
+    drawn = Image.open(tmp_path / "figures" / "pretrained-head-curves.png").convert("RGB")
+    found = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in drawn.getcolors(1 << 24) or []}
+    assert {"#FFFFFF", look("typiclust")["color"], look("entropy")["color"]} <= found
+    assert look("badge")["color"] in COLOURS
+
+
+def test_legends_name_what_any_set_of_the_row_has() -> None:
+    rows = scene() + [replace(r, set="other") for r in curve("random", base) + curve("mine", equal)]
+    sets = grouped(rows)["pretrained head"]
+    for figure in (learning_curves(sets), gains(sets, summarise(rows)["settings"]["pretrained head"]["sets"])):
+        assert figure is not None
+        legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+        assert {"entropy", "typiclust", "mine"} <= {t.get_text() for one in legends for t in one.get_texts()}
+
+
+def test_panels_have_one_scale() -> None:
+    rows = scene() + [replace(r, set="other", mIoU=r.mIoU / 4) for r in scene()]
+    spans = {round(high - low, 9) for low, high in (a.get_ylim() for a in learning_curves_of(rows))}
+    assert len(spans) == 1
+
+
+def learning_curves_of(rows: Sequence[Row]):  # type: ignore[no-untyped-def]
+    return learning_curves(grouped(rows)["pretrained head"]).axes
+
+
+def tiny(**changes: object) -> list[Row]:
+    """The least that makes a report."""
+    rows = curve("random", base, [0, 1], range(4)) + curve("typiclust", better, [0, 1], range(4))
+    return [replace(r, **changes) for r in rows]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(curve("random", base, steps=[0, 1, 25]), id="no tail without a curve"),
+        pytest.param(tiny(set="a$\\frac$b | <i>"), id="formula"),
+        pytest.param([*tiny(), *curve("random", base, [77], setting="pretrained head, no weak labels")], id="no pairs"),
+        pytest.param([*tiny(iou={"soil": 0.5, "weed": math.nan}), row(FULL, 9, 50, math.nan)], id="no number"),
+        pytest.param(curve("mine", base, steps=range(3)) + curve("yours", better, steps=range(3)), id="unknown names"),
+        pytest.param(tiny() + curve("random", base, [0, 1], [5, 25, 50]), id="tail"),
+        pytest.param([row(FULL, 0, 50, 0.8)], id="only full supervision"),
+        pytest.param([], id="nothing"),
+    ],
+)
+def test_a_report_is_made_of_any_rows(tmp_path: Path, rows: list[Row]) -> None:
+    text = report_of(tmp_path, rows)
+    assert "# Which image next" in text
+    assert "<i>" not in text
+    assert "nan" not in text.split()
+    assert ("-tail.png" in text) == any(r.n == 50 and r.strategy != FULL for r in rows)
+
+
+def test_equal_names_of_files_get_a_number(tmp_path: Path) -> None:
+    rows = [replace(r, set=name) for name in ("a b", "a-b") for r in curve("random", base, [0], range(3))]
+    text = report_of(tmp_path, rows)
+    assert "(figures/pretrained-head-classes-a-b.png)" in text
+    assert "(figures/pretrained-head-classes-a-b-2.png)" in text
+
+
+def test_what_rows_come_from_and_what_is_not_done_is_told(tmp_path: Path) -> None:
+    rows = [*tiny(), *(replace(r, commit="def+") for r in curve("entropy", equal, range(3), range(4)))]
+    text = report_of(tmp_path, rows + curve("entropy", equal, [5], range(3)))
+    assert "1 unfinished curve is left out of every number" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["unfinished"] == {"pretrained head": 1}
+    assert "different numbers of seeds, so their areas do not compare" in text
+    assert "rows of 2 states of the code are compared (abc, def+)" in text
+    assert "Made with changes that were not committed: def+" in text
+    assert "| one state of the code per setting | no |" in text
+    assert "| strategies not designed or chosen on these test images | ? |" in text
+
+
+def test_without_the_interfaces_picture_the_report_says_where_it_is(tmp_path: Path) -> None:
+    facts = {"settings": {"s": {"sets": {"field": {"coarse_seconds": 30.0}}}}}
+    told = [block.text for block in interface(tmp_path, facts, tmp_path / "none.png")]
+    assert told[1] == "The picture of the interface is in the project's repository."
+    assert told[2].startswith("field: 30 s")
