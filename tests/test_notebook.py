@@ -41,5 +41,5 @@ def test_its_commands_are_understood() -> None:
 
 
 def test_strategies_named_there_exist() -> None:
-    table = TEXT.partition("## Sources")[2].partition("## Run it")[0]
+    table = TEXT.partition("## Sources")[2].partition("## What the reviewers")[0]
     assert set(re.findall(r"`([a-z-]+)`", table)) <= set(STRATEGIES)
