@@ -111,7 +111,8 @@ def learned_gradient(pool: Pool, rng: np.random.Generator) -> Ranking:
     Stands where Yuan et al. (2019) would; their text could not be checked, so it does not carry their name. With fewer
     than `ENOUGH` labelled images nothing can be learnt, and the mean of the standardised predictors is the utility.
     """
-    seen = np.array([pool.labelled_scores.get(name, np.zeros(0)) for name in PREDICTORS]).T
+    labelled = len(pool.labelled_features)
+    seen = np.array([pool.labelled_scores[name] if labelled else np.zeros(0) for name in PREDICTORS]).T
     here = np.array([pool.scores[name] for name in PREDICTORS]).T
     both = np.concatenate([here, seen.reshape(-1, len(PREDICTORS))])
     if not len(both):
@@ -146,7 +147,7 @@ def class_stratified(pool: Pool, rng: np.random.Generator) -> Ranking:
 
     After the idea of ClaSP PE (TMLR 2026): strata let rare classes have their share, noise spreads the first picks.
     """
-    values = np.asarray(pool.vectors.get("class_entropy", np.zeros((len(pool), 1))), np.float64)
+    values = np.asarray(pool.vectors["class_entropy"] if len(pool) else np.zeros((0, 1)), np.float64)
     labelled = len(pool.labelled_features)
     beta = 1 / max(1 - labelled / QUIET, 1e-3)
     columns = [c for c in rng.permutation(values.shape[1]) if values[:, c].any()] or [0]

@@ -60,7 +60,7 @@ def badge(pool: Pool, rng: np.random.Generator) -> Ranking:
 
     First the longest one; then by chance in proportion to the squared distance to what was chosen and to zero.
     """
-    vectors = pool.vectors.get("own", pool.embedding).astype(np.float64)
+    vectors = (pool.vectors["own"] if len(pool) else pool.embedding).astype(np.float64)
     size, order = len(vectors), list[int]()
     square = (vectors**2).sum(1)
     left, nearest = np.ones(size, bool), square.copy()
@@ -131,10 +131,10 @@ def bait(pool: Pool, rng: np.random.Generator) -> Ranking:
     Fisher matrices are small here, since features are projected to a few dimensions: no approximation is needed.
     """
     size = len(pool)
-    fisher = pool.vectors.get("fisher", np.zeros((size, 1, 1)))
-    seen = pool.labelled_vectors.get("fisher", np.zeros((0, *fisher.shape[1:])))
     if not size:
         return from_order(np.zeros(0, np.intp), {})
+    fisher = pool.vectors["fisher"]
+    seen = pool.labelled_vectors["fisher"] if len(pool.labelled_features) else np.zeros((0, *fisher.shape[1:]))
     target = (fisher.sum(0) + seen.sum(0)) / (size + len(seen))
     prior = PRIOR * max(float(np.trace(target)) / len(target), 1e-12)
     known = seen.sum(0) + prior * np.eye(len(target))

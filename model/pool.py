@@ -45,8 +45,13 @@ class Pool:
         lengths |= {"embedding": len(self.embedding), "features": len(self.features)}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the parts of a pool differ in length: {lengths}")
-        if len(self.labelled_embedding) != len(self.labelled_features):
+        seen = {"labelled_embedding": len(self.labelled_embedding), "labelled_features": len(self.labelled_features)}
+        if len(set(seen.values())) > 1:
             raise ValueError("labelled images must have an embedding and features each")
+        seen |= {f"labelled {name}": len(values) for name, values in self.labelled_scores.items()}
+        seen |= {f"labelled {name}": len(values) for name, values in self.labelled_vectors.items()}
+        if len(set(seen.values())) > 1:
+            raise ValueError(f"the parts of the labelled images differ in length: {seen}")
         for name in ("embedding", "features"):
             ours, theirs = getattr(self, name), getattr(self, f"labelled_{name}")
             if len(ours) and len(theirs) and ours.shape[1] != theirs.shape[1]:

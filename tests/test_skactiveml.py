@@ -41,7 +41,7 @@ class Given(SkactivemlClassifier):  # type: ignore[misc]
         return self
 
     def predict_proba(self, X: Any) -> Any:  # noqa: N803
-        return self.probabilities
+        return self.probabilities[: len(X)]  # labelled images come last, and are not asked for
 
 
 def scene(seed: int, labelled: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -61,15 +61,16 @@ def pool_of(features: NDArray[np.float64], labelled: int, own: NDArray[np.float6
     return Pool({}, features[:cut], features[:cut], features[cut:], features[cut:], vectors)
 
 
+@pytest.mark.parametrize("labelled", [0, 1, 4, 12])
 @pytest.mark.parametrize("seed", range(5))
-def test_badge_draws_the_same_images(seed: int) -> None:
-    features, y = scene(seed, 0)
+def test_badge_draws_the_same_images_whatever_is_labelled(seed: int, labelled: int) -> None:
+    features, y = scene(seed, labelled)
     p = np.random.default_rng(seed + 100).dirichlet(np.ones(3), N)
     residual = p - np.eye(3)[p.argmax(1)]
     own = (residual[:, :, None] * features[:, None]).reshape(N, -1)
     library = Badge(random_state=seed)
     picked = library.query(features, y, Given(p, [0, 1, 2]), fit_clf=False, batch_size=PICKS)
-    ours = STRATEGIES["badge"](pool_of(features, 0, own), Fed(seed, N))
+    ours = STRATEGIES["badge"](pool_of(features, labelled, own), Fed(seed, N - labelled))
     assert [int(i) for i in ours.order[:PICKS]] == [int(i) for i in picked]
 
 
@@ -79,6 +80,25 @@ def test_coreset_picks_the_same_images(seed: int, labelled: int) -> None:
     features, y = scene(seed, labelled)
     picked = CoreSet(random_state=seed).query(features, y, batch_size=PICKS)
     ours = STRATEGIES["coreset"](pool_of(features, labelled), np.random.default_rng(seed))
+    assert [int(i) for i in ours.order[:PICKS]] == [int(i) for i in picked]
+
+
+class Beginning(np.random.Generator):
+    """A generator that breaks the tie between equals for one image."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.first = first
+
+    def permutation(self, x: Any, axis: int = 0) -> Any:
+        return np.roll(np.arange(x), self.first + 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_coreset_without_labels_goes_on_like_the_library_from_its_chance_image(seed: int) -> None:
+    features, y = scene(seed, 0)
+    picked = CoreSet(random_state=seed).query(features, y, batch_size=PICKS)
+    ours = STRATEGIES["coreset"](pool_of(features, 0), Beginning(int(picked[0])))
     assert [int(i) for i in ours.order[:PICKS]] == [int(i) for i in picked]
 
 

@@ -193,6 +193,52 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
             Pool(**{**vars(pool), **change})
 
 
+@pytest.mark.parametrize("part", ["labelled_vectors", "labelled_scores"])
+def test_labelled_parts_that_do_not_fit_together_are_refused(part: str) -> None:
+    pool = make(4, 2)
+    short = {name: values[:1] for name, values in getattr(pool, part).items()}
+    with pytest.raises(ValueError, match="labelled images differ in length"):
+        Pool(**{**vars(pool), part: short})
+
+
+@pytest.mark.parametrize("part", ["vectors", "labelled_vectors", "labelled_scores"])
+def test_further_numbers_that_are_not_finite_are_refused(part: str) -> None:
+    pool = make(4, 2)
+    bad = {name: np.full_like(values, np.nan) for name, values in getattr(pool, part).items()}
+    with pytest.raises(ValueError, match="not finite; score those"):
+        Pool(**{**vars(pool), part: bad})
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_strategy_without_what_it_needs_says_so(name: str) -> None:
+    pool, needs = make(10, 5), NEEDS[name]
+    scores = {key: values for key, values in pool.scores.items() if key not in needs}
+    vectors = {key: values for key, values in pool.vectors.items() if key not in needs}
+    with pytest.raises(KeyError):
+        ask(name, Pool(**{**vars(pool), "scores": scores, "vectors": vectors}))
+
+
+def test_the_learned_gradient_without_the_labelled_images_numbers_says_so() -> None:
+    with pytest.raises(KeyError):
+        ask("learned-gradient", Pool(**{**vars(make(10, 8)), "labelled_scores": {}}))
+
+
+@EVERY
+@pytest.mark.parametrize("labelled", [0, 5])
+def test_a_network_that_says_nothing_of_any_image_does_no_harm(name: str, labelled: int) -> None:
+    # Zero gradients, one place in feature space, no class seen, a Fisher matrix without rank.
+    pool = make(25, labelled)
+    zero = {part: np.zeros_like(values) for part, values in vars(pool).items() if isinstance(values, np.ndarray)}
+    for part in ("scores", "vectors", "labelled_vectors", "labelled_scores"):
+        zero[part] = {key: np.zeros_like(values) for key, values in getattr(pool, part).items()}
+    ask(name, Pool(**zero))
+
+
+@EVERY
+def test_copies_of_a_few_images_are_ranked(name: str) -> None:
+    ask(name, taken(make(3, 2), np.repeat(np.arange(3), 10)))
+
+
 def test_the_default_is_there() -> None:
     assert DEFAULT in STRATEGIES
 
