@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from model.coarse import label_coarsely
 from model.data import Folder, Pair
-from model.frozen import STEP, EncodedViews, encode_views, evaluate_encoded, train_head
+from model.frozen import STEP, EncodedViews, encode_views, evaluate_encoded, predict_encoded, train_head
 from model.network import Network, build, checkpoint_classes, load
 from model.pseudo import fine_target
 from model.scoring import Encoded, ImageScore, Scorer
-from model.training import Recipe, evaluate, train
+from model.training import Recipe, evaluate, predict, train
 
 Map = NDArray[np.uint8]
 
@@ -105,10 +105,8 @@ class Arena:
             return self._true[index]
         return self.coarse.targets[index] if known.coarse else self._any[index]
 
-    def score(
-        self, network: Network, known: Known, extras: Iterable[str], layers: str, only: Sequence[int] | None = None
-    ) -> list[ImageScore]:
-        """The network's opinion of every image of the pool, or of some; the extra "oracle" looks at hidden masks.
+    def score(self, network: Network, known: Known, extras: Collection[str], layers: str) -> list[ImageScore]:
+        """The network's opinion of every image of the pool; the extra "oracle" looks at hidden masks.
 
         Where only the head is trained, every `STEP`-th pixel is looked at in both directions, as in its training.
         """
@@ -117,12 +115,12 @@ class Arena:
         halved = self.frozen and layers != "all"
         sources: Sequence[Encoded | Map] = self._coarser if halved else self._images
         found = []
-        for index in range(len(sources)) if only is None else only:
-            image, target, true = sources[index], self.target(index, known), self._true[index]
+        for index, (image, true) in enumerate(zip(sources, self._true, strict=True)):
+            target = self.target(index, known)
             if halved:
                 target, true = half(target), half(true)
             score = scorer.score(image, target)
-            if "oracle" in set(extras):
+            if "oracle" in extras:
                 length = scorer.score(image, true).magnitude
                 score = replace(score, extras={**score.extras, "oracle": np.array(length)})
             found.append(score)
@@ -130,13 +128,9 @@ class Arena:
 
     def prelabel(self, network: Network, index: int) -> Map:
         """(H, W) the network's classes of one image of the pool."""
-        if not self.frozen:
-            any_row = np.full(self.masks[index].shape, self.classes.any_row)
-            return Scorer(network, self.classes, self.device).score(self._images[index], any_row).prediction
-        encoded = self._encoded[index]
-        with torch.no_grad():
-            found: Map = network.decode(encoded.features, encoded.size).argmax(1)[0].cpu().numpy().astype(np.uint8)
-        return found
+        if self.frozen:
+            return predict_encoded(network, self._encoded[index])
+        return predict(network, self._images[index], self.device)
 
     def test(self, network: Network) -> NDArray[np.int64]:
         """(C, C) confusion table summed over the test images."""

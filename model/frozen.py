@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.classes import IGNORE, Classes
 from model.data import Sample, augment
-from model.gradients import marginal_cross_entropy
 from model.metrics import confusion
 from model.network import Network
 from model.scoring import Encoded
-from model.training import Recipe, as_input, descent, report, row_weights, shuffled, view_size
+from model.training import Recipe, as_input, learn, mask_of, shuffled, view_size, weak_views
+
+Batch = tuple[dict[str, Tensor], Tensor]
 
 #: Views of an image that are encoded: more teach the head little.
 VIEWS = 4
@@ -84,30 +86,22 @@ def train_head(
     if not labelled and not weak:
         raise ValueError("training needs at least one labelled image")
     trained = copy.deepcopy(network).eval()
-    device = next(trained.parameters()).device
-    sets = torch.from_numpy(classes.sets()).to(device)
-    seen = torch.zeros(len(sets), device=device)
-    optimiser, schedule = descent(trained, recipe)
-    source = batches(labelled, weak, recipe, np.random.default_rng(recipe.seed))
-    for step, (features, target) in zip(range(recipe.steps), source, strict=False):
-        seen += torch.bincount(target.flatten(), minlength=len(sets))
-        logits = trained.decode(features, (target.shape[1], target.shape[2]))
-        weights = row_weights(seen, classes.any_row)[target]
-        loss = (marginal_cross_entropy(logits, target, sets) * weights).sum() / weights.sum().clamp(min=1)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-        report(step + 1, recipe.steps, loss.item(), None)
+    rng = np.random.default_rng(recipe.seed)
+    learn(trained, decoded(trained, batches(labelled, weak, recipe, rng)), classes, recipe, None)
     return trained
+
+
+def decoded(network: Network, source: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of batches, each computed when it is asked for."""
+    for features, target in source:
+        yield network.decode(features, (target.shape[1], target.shape[2])), target
 
 
 def batches(
     labelled: Sequence[EncodedViews], weak: Sequence[EncodedViews], recipe: Recipe, rng: np.random.Generator
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+) -> Iterator[Batch]:
     """Endless batches: features by name (N, D, h, w), targets (N, H, W)."""
-    share = recipe.weak_share if labelled and weak else float(bool(weak))
-    coarse = round(recipe.batch * share)
+    coarse = weak_views(labelled, weak, recipe)
     sources = [sample(weak, rng)] * coarse + [sample(labelled, rng)] * (recipe.batch - coarse)
     while True:
         drawn = [next(source) for source in sources]
@@ -118,15 +112,19 @@ def batches(
 
 def sample(images: Sequence[EncodedViews], rng: np.random.Generator) -> Iterator[tuple[EncodedViews, int]]:
     """An image after the other in random order, again and again, each time in one of its views."""
-    order = shuffled(range(len(images)), rng)  # type: ignore[arg-type]
-    for index in order:
-        views = images[int(index)]  # type: ignore[call-overload]
+    for views in shuffled(images, rng):
         yield views, int(rng.integers(len(views.targets)))
 
 
+def predict_encoded(network: Network, image: Encoded) -> NDArray[np.uint8]:
+    """(H, W) most probable class of each pixel of an image after the backbone, by a network in evaluation mode."""
+    with torch.no_grad():
+        return mask_of(network.decode(image.features, image.size))
+
+
 def evaluate_encoded(
-    network: Network, images: Sequence[Encoded], masks: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    network: Network, images: Sequence[Encoded], masks: Sequence[NDArray[np.uint8]]
+) -> NDArray[np.int64]:
     """Confusion table (C, C) summed over images.
 
     Args:
@@ -134,9 +132,9 @@ def evaluate_encoded(
         images: after its backbone.
         masks: (H, W) fine classes, IGNORE where unknown.
     """
-    table = np.zeros((network.num_classes, network.num_classes), np.int64)
+    count = network.num_classes
+    table = np.zeros((count, count), np.int64)
     for image, mask in zip(images, masks, strict=True):
-        with torch.no_grad():
-            prediction = network.decode(image.features, image.size).argmax(1)[0].cpu().numpy().astype(np.uint8)
-        table += confusion(prediction, np.where(mask < network.num_classes, mask, IGNORE).astype(np.uint8), len(table))
+        known = np.where(mask < count, mask, IGNORE).astype(np.uint8)
+        table += confusion(predict_encoded(network, image), known, count)
     return table

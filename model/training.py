@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from model.network import Network
 
 Progress = Callable[[int, int, float], None]
 Batch = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+Item = TypeVar("Item")
 
 WEIGHT_DECAY = 1e-4
 #: Steps over which the learning rates rise, so that a fresh head does not shake the backbone.
@@ -91,24 +93,43 @@ def train(
     trained.to(memory_format=torch.channels_last)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # dropout
-        learn(trained, batches(labelled, weak, classes, recipe, rng), classes, recipe, progress)
+        training_mode(trained)
+        source = ahead(batches(labelled, weak, classes, recipe, rng))
+        learn(trained, forwarded(trained, source), classes, recipe, progress)
     return trained.eval()
 
 
+def forwarded(network: Network, source: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of batches, each computed when it is asked for."""
+    device = next(network.parameters()).device
+    for images, targets in source:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = network(as_input(images, device))
+        yield logits, torch.from_numpy(targets).to(device).long()
+
+
 def learn(
-    network: Network, source: Iterator[Batch], classes: Classes, recipe: Recipe, progress: Progress | None
+    network: Network,
+    source: Iterator[tuple[Tensor, Tensor]],
+    classes: Classes,
+    recipe: Recipe,
+    progress: Progress | None,
 ) -> None:
-    """The loop: a batch, its loss, a step down."""
+    """The loop: a batch, its loss, a step down.
+
+    Args:
+        network: its parameters are changed.
+        source: logits (N, C, H, W) that the network gives as it then is, and targets (N, H, W).
+        classes: what the rows of the targets mean.
+        recipe: how.
+        progress: called after every step.
+    """
     device = next(network.parameters()).device
     sets = torch.from_numpy(classes.sets()).to(device)
     seen = torch.zeros(len(sets), device=device)
     optimiser, schedule = descent(network, recipe)
-    training_mode(network)
-    for step, (images, targets) in zip(range(recipe.steps), ahead(source), strict=False):
-        target = torch.from_numpy(targets).to(device).long()
+    for step, (logits, target) in zip(range(recipe.steps), source, strict=False):
         seen += torch.bincount(target.flatten(), minlength=len(sets))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = network(as_input(images, device))
         weights = row_weights(seen, classes.any_row)[target]
         loss = (marginal_cross_entropy(logits.float(), target, sets) * weights).sum() / weights.sum().clamp(min=1)
         optimiser.zero_grad()
@@ -172,8 +193,7 @@ def batches(
     labelled: Sequence[Sample], weak: Sequence[Sample], classes: Classes, recipe: Recipe, rng: np.random.Generator
 ) -> Iterator[Batch]:
     """Endless batches of views: images (N, H, W, 3), targets (N, H, W)."""
-    share = recipe.weak_share if labelled and weak else float(bool(weak))
-    coarse = round(recipe.batch * share)
+    coarse = weak_views(labelled, weak, recipe)
     sources = [shuffled(weak, rng)] * coarse + [shuffled(labelled, rng)] * (recipe.batch - coarse)
     size: tuple[int, int] | None = None
     while True:
@@ -183,6 +203,11 @@ def batches(
             size = size or view_size((image.shape[0], image.shape[1]), recipe.view)
             views.append(augment(image, target, size, classes.any_row, rng))
         yield np.stack([image for image, _ in views]), np.stack([target for _, target in views])
+
+
+def weak_views(labelled: Sequence[object], weak: Sequence[object], recipe: Recipe) -> int:
+    """How many views of a batch are of coarsely labelled images."""
+    return round(recipe.batch * (recipe.weak_share if labelled and weak else float(bool(weak))))
 
 
 def ahead(source: Iterator[Batch]) -> Iterator[Batch]:
@@ -195,7 +220,7 @@ def ahead(source: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def shuffled(samples: Sequence[Sample], rng: np.random.Generator) -> Iterator[Sample]:
+def shuffled(samples: Sequence[Item], rng: np.random.Generator) -> Iterator[Item]:
     """Each sample once in random order, again and again."""
     while samples:
         for index in rng.permutation(len(samples)):
@@ -215,8 +240,18 @@ def evaluate(network: Network, samples: Iterable[Sample], classes: Classes, devi
     network = network.to(device).eval()
     for sample in samples:
         image, target = sample.load()
-        with torch.no_grad():
-            prediction = network(as_input(image[None], torch.device(device))).argmax(1)[0]
         mask = np.where(target < count, target, IGNORE).astype(np.uint8)
-        table += confusion(prediction.cpu().numpy().astype(np.uint8), mask, count)
+        table += confusion(predict(network, image, device), mask, count)
     return table
+
+
+def predict(network: Network, image: NDArray[np.uint8], device: str) -> NDArray[np.uint8]:
+    """(H, W) most probable class of each pixel of an image (H, W, 3), by a network in evaluation mode."""
+    with torch.no_grad():
+        return mask_of(network(as_input(image[None], torch.device(device))))
+
+
+def mask_of(logits: Tensor) -> NDArray[np.uint8]:
+    """(H, W) most probable class of each pixel, of logits (1, C, H, W)."""
+    found: NDArray[np.uint8] = logits.argmax(1)[0].cpu().numpy().astype(np.uint8)
+    return found
