@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.pool import Floats, Pool, Ranking, by_utility, from_order
+from model.pool import Floats, Pool, Ranking, by_utility, followed, from_order
 from model.spread import (
     GREEDY,
     best_of_uncovered,
     cover,
     distances,
     farthest_first,
+    highest,
     joint_rank,
     standardised,
     typicality,
@@ -51,8 +52,7 @@ def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
     sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     typical = typicality(features, features[sample])
     first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
-    rest = by_utility(typical, {}, rng).order
-    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
+    return from_order(followed(first, by_utility(typical, {}, rng).order), {"typicality": typical})
 
 
 def badge(pool: Pool, rng: np.random.Generator) -> Ranking:
@@ -76,7 +76,7 @@ def badge(pool: Pool, rng: np.random.Generator) -> Ranking:
         left[chosen] = False
         np.minimum(nearest, np.maximum(square + square[chosen] - 2 * vectors @ vectors[chosen], 0), out=nearest)
     rest = by_utility(np.where(left, nearest, -1), {}, rng).order
-    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {"length": np.sqrt(square)})
+    return from_order(followed(order, rest), {"length": np.sqrt(square)})
 
 
 def coreset(pool: Pool, rng: np.random.Generator) -> Ranking:
@@ -87,12 +87,10 @@ def coreset(pool: Pool, rng: np.random.Generator) -> Ranking:
         nearest = distances(features, pool.labelled_features.astype(np.float64)).min(1)
     left, tie = np.ones(size, bool), rng.permutation(size)
     for _ in range(min(size, GREEDY)):
-        ties = np.flatnonzero(left & (nearest == nearest[left].max()))
-        order.append(int(ties[tie[ties].argmax()]))
+        order.append(highest(np.where(left, nearest, -1), tie))
         left[order[-1]] = False
         np.minimum(nearest, distances(features, features[order[-1:]])[:, 0], out=nearest)
-    rest = by_utility(np.where(left, nearest, -1), {}, rng).order
-    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {})
+    return from_order(followed(order, by_utility(np.where(left, nearest, -1), {}, rng).order), {})
 
 
 def typiclust(pool: Pool, rng: np.random.Generator) -> Ranking:
@@ -119,10 +117,9 @@ def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Genera
     rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     for _ in range(min(len(rows), PLACES)):
         order.append(best_of_uncovered(features[rows], labelled, order, [wish[rows] for wish in wishes], rng))
-    first = rows[order].astype(np.intp)
     typical = typicality(features, features[rows]) if len(rows) > 1 else np.zeros(len(rows))
     rest = by_utility(joint_rank([typical, *wishes]), {}, rng).order
-    return from_order(np.concatenate([first, rest[~np.isin(rest, first)]]), {"typicality": typical})
+    return from_order(followed(rows[order], rest), {"typicality": typical})
 
 
 def bait(pool: Pool, rng: np.random.Generator) -> Ranking:
@@ -147,9 +144,7 @@ def bait(pool: Pool, rng: np.random.Generator) -> Ranking:
                 for f, free in zip(fisher, left, strict=True)
             ]
         )
-        ties = np.flatnonzero(gain == gain.max())
-        order.append(int(ties[tie[ties].argmax()]))
+        order.append(highest(gain, tie))
         left[order[-1]] = False
         known = known + fisher[order[-1]]
-    rest = by_utility(gain, {}, rng).order
-    return from_order(np.concatenate([order, rest[left[rest]]]).astype(np.intp), {})
+    return from_order(followed(order, by_utility(gain, {}, rng).order), {})

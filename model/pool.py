@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,6 +89,12 @@ def by_utility(utility: Floats, parts: Mapping[str, Floats], rng: np.random.Gene
     shuffled = rng.permutation(len(utility))
     order = shuffled[np.argsort(-utility[shuffled], kind="stable")]
     return Ranking(order.astype(np.intp), np.asarray(utility, np.float64), parts)
+
+
+def followed(first: Sequence[int] | NDArray[np.intp], rest: NDArray[np.intp]) -> NDArray[np.intp]:
+    """An order that begins with some images and goes on with what another order has besides."""
+    head = np.asarray(first, np.intp)
+    return np.concatenate([head, rest[~np.isin(rest, head)]])
 
 
 def from_order(order: NDArray[np.intp], parts: Mapping[str, Floats]) -> Ranking:

@@ -55,15 +55,19 @@ def farthest_first(vectors: Floats, seen: Floats, weight: Floats, rng: np.random
     novelty = np.clip(1 - nearest, 0, 2).astype(np.float64)
     tie, left, order = rng.permutation(size), np.ones(size, bool), list[int]()
     for _ in range(min(size, GREEDY)):
-        utility = np.where(left, weight * novelty, -1)
-        ties = np.flatnonzero(utility == utility.max())
-        order.append(int(ties[tie[ties].argmax()]))
+        order.append(highest(np.where(left, weight * novelty, -1), tie))
         left[order[-1]] = False
         np.maximum(nearest, vectors @ vectors[order[-1]], out=nearest)
         novelty[left] = np.clip(1 - nearest[left], 0, 2)
     rest, utility = np.flatnonzero(left), weight * novelty
     rest = rest[np.lexsort((tie[rest], utility[rest]))[::-1]]
     return Farthest(np.array([*order, *rest], np.intp), utility, novelty)
+
+
+def highest(values: Floats, tie: NDArray[np.intp]) -> int:
+    """Where the highest value is; among equal ones where `tie`, a permutation, is highest."""
+    ties = np.flatnonzero(values == values.max())
+    return int(ties[tie[ties].argmax()])
 
 
 def largest_cosine(vectors: Floats, seen: Floats) -> NDArray[np.float32]:
@@ -129,9 +133,7 @@ def cover(
     both = np.concatenate([features, labelled])
     for _ in range(min(size, places)):
         k = min(len(labelled) + len(chosen) + 1, len(both), MOST_CLUSTERS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: no harm
-            found = KMeans(k, n_init=3, random_state=int(rng.integers(2**31))).fit(both).labels_
+        found = clustered(both, k, 3, rng)
         free = np.setdiff1d(np.arange(size), chosen)
         seen = np.bincount(found[[*chosen, *range(size, len(both))]], minlength=k)
         members = np.bincount(found[free], minlength=k)
@@ -158,9 +160,7 @@ def best_of_uncovered(
     """
     both = np.concatenate([features, labelled])
     k = min(len(labelled) + len(chosen) + 1, len(both), MOST_REGIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: no harm
-        found = KMeans(k, n_init="auto", random_state=int(rng.integers(2**31))).fit(both).labels_
+    found = clustered(both, k, "auto", rng)
     free = np.setdiff1d(np.arange(len(features)), chosen)
     size = np.bincount(found[free], minlength=k)
     seen = np.bincount(found[[*chosen, *range(len(features), len(both))]], minlength=k)
@@ -169,6 +169,14 @@ def best_of_uncovered(
     near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
     best = joint_rank([near, *(wish[members] for wish in wishes)])
     return int(members[rng.choice(np.flatnonzero(best == best.max()))])
+
+
+def clustered(points: Floats, k: int, restarts: int | str, rng: np.random.Generator) -> NDArray[np.int32]:
+    """(N,) k-means cluster of each point; `restarts` as scikit-learn's `n_init`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters: no harm
+        model = KMeans(k, n_init=restarts, random_state=int(rng.integers(2**31))).fit(points)
+    return np.asarray(model.labels_, np.int32)
 
 
 def joint_rank(wishes: Sequence[Floats]) -> NDArray[np.float64]:

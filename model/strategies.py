@@ -6,7 +6,7 @@ import numpy as np
 
 from model import by_score, by_vector
 from model.by_vector import COVER
-from model.pool import Pool, Ranking, Strategy, from_order
+from model.pool import Pool, Ranking, Strategy, followed, from_order
 from model.spread import farthest_first, unit
 
 __all__ = ["COVER", "DEFAULT", "NEEDS", "REFERENCES", "STRATEGIES", "Pool", "Ranking", "Strategy"]
@@ -32,9 +32,7 @@ def novel_egl(pool: Pool, rng: np.random.Generator) -> Ranking:
     if missing <= 0:
         return scored
     head = by_vector.coverage(pool, rng)
-    chosen = head.order[:missing]
-    order = np.concatenate([chosen, scored.order[~np.isin(scored.order, chosen)]]).astype(np.intp)
-    return from_order(order, {**head.parts, **scored.parts})
+    return from_order(followed(head.order[:missing], scored.order), {**head.parts, **scored.parts})
 
 
 STRATEGIES: dict[str, Strategy] = {
