@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from backend.curves import device, over_processes, over_workers
+from backend.curves import over_processes, over_workers
 from backend.enqueue import Board
 from backend.errors import BenchError
 from model import results
 from model.benchmark import SCALES, Curve, train_source
 from model.data import FolderError, ImageError
 from model.field import write_folder
-from model.network import PretrainedError
+from model.network import PretrainedError, device
 from model.results import FULL, Row
 from model.strategies import REFERENCES, STRATEGIES
 

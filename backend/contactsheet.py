@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.label_config import ProjectConfig
-from backend.learn import device, network_key
+from backend.learn import network_key
 from backend.prepare import clusters_name, target_of
 from backend.project import Project, TaskRecord
 from backend.score import scorer
+from model.network import device
 from model.pictures import Picture, heat, paint, palette, sheet
 from model.scoring import gradient_map
 

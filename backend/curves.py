@@ -14,6 +14,7 @@ import torch
 
 from backend.enqueue import Board
 from model.benchmark import Curve, run
+from model.network import device
 from model.results import Row
 
 #: Seconds between looks at processes and jobs.
@@ -96,8 +97,3 @@ def curve_job(name: str, curve: dict[str, Any], done: list[dict[str, Any]]) -> N
     board = connect(Settings.read()).board
     rows = [Row.from_csv({key: str(value) for key, value in cells.items()}) for cells in done]
     work(Curve.from_json(curve), rows, lambda row: board.put_row(name, {k: str(v) for k, v in row.to_csv().items()}))
-
-
-def device() -> str:
-    """CUDA where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backend.context import Context
@@ -22,7 +21,7 @@ from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import Classes
 from model.metrics import confusion, mean_iou
-from model.network import Network, build_available, load, save
+from model.network import Network, build_available, device, load, save
 from model.pseudo import fine_target
 from model.training import Recipe, train
 
@@ -32,11 +31,6 @@ log = logging.getLogger(__name__)
 WEAK_IMAGES = 200
 #: Checkpoints kept: the one in force, and some to go back to.
 KEEP_MODELS = 3
-
-
-def device() -> str:
-    """CUDA where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from backend.errors import FirstRowError
 from backend.label_config import ProjectConfig
-from backend.project import Index, Project, TaskRecord, coarse_table, known
+from backend.project import Index, Project, TaskRecord, known
 from backend.regions import coarse_regions, fine_regions
 from backend.store import Store
 from model.classes import IGNORE, UNKNOWN
@@ -137,7 +137,7 @@ def keep_to(
     Returns:
         The mask (H, W), and the confidence, 0 where it was replaced.
     """
-    coarse_of = coarse_table(config.classes)
+    coarse_of = config.classes.coarse_table()
     mask, sure = prediction.copy(), sure.copy()
     for coarse, members in enumerate(config.classes.groups):
         wrong = (own == coarse) & (coarse_of[prediction] != coarse)

@@ -13,7 +13,7 @@ from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import ImageFetchError, MaskError
 from backend.label_config import ProjectConfig
-from backend.project import Index, Project, TaskRecord, coarse_table, labelled, with_error
+from backend.project import Index, Project, TaskRecord, labelled, with_error
 from backend.sync import read_task
 from model.classes import UNKNOWN
 from model.clusters import (
@@ -23,7 +23,7 @@ from model.clusters import (
     fit_image,
     sample_pixels,
 )
-from model.pseudo import cluster_votes, decide, pseudo_ground_truth
+from model.pseudo import decide, image_votes, pseudo_ground_truth
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 SAMPLE_IMAGES, SAMPLE_PIXELS = 200, 500
 #: The codebook is fitted again when the pool has grown by this factor: new fields bring new colours.
 GROWTH = 2.0
-#: A region smaller than this share of an image says little about what its cluster is.
-SMALLEST_VOTE = 0.001
 
 
 def codebook_is_stale(project: Project, tasks: int) -> bool:
@@ -128,7 +126,7 @@ def tally(votes: Iterable[NDArray[np.int64]]) -> NDArray[np.uint8]:
 def implied(project: Project, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
     """(H, W) the coarse mask that a full annotation implies."""
     fine = project.store.read_map(project.label_key(record.id))
-    return None if fine is None else coarse_table(config.classes)[fine]
+    return None if fine is None else config.classes.coarse_table()[fine]
 
 
 def votes_of(
@@ -138,9 +136,7 @@ def votes_of(
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     if labels is None or own is None:
         return np.full(DEFAULT_K, UNKNOWN)
-    votes = np.asarray(cluster_votes(labels, own, DEFAULT_K, len(config.classes.coarse)), np.int64)
-    votes[count_clusters(labels) < SMALLEST_VOTE * labels.size] = UNKNOWN
-    return votes
+    return np.asarray(image_votes(labels, own, DEFAULT_K, len(config.classes.coarse)), np.int64)
 
 
 def target_of(

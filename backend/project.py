@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from backend.label_config import ProjectConfig, parse
 from backend.store import Store
-from model.classes import MIXED, UNKNOWN, Classes
+from model.classes import MIXED, UNKNOWN
 from model.clusters import DEFAULT_K, Codebook
 
 Stage = Literal["new", "coarse", "returned", "full"]
@@ -192,13 +192,6 @@ def deleted_tasks(index: Index, annotations: Iterable[int]) -> set[int]:
 def with_error(record: TaskRecord, error: Exception) -> TaskRecord:
     """The record, taking no part because of `error`."""
     return replace(record, error=str(error) or type(error).__name__)
-
-
-def coarse_table(classes: Classes) -> NDArray[np.uint8]:
-    """(256,) the coarse class of each value of an annotation mask; UNKNOWN for values that are no fine class."""
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[: len(classes.fine)] = classes.coarse_of()
-    return table
 
 
 def known(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -16,18 +16,19 @@ from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import ImageFetchError
 from backend.label_config import ProjectConfig
-from backend.learn import device, load_network, network_key
+from backend.learn import load_network, network_key
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord
 from model.classes import Classes
+from model.network import device
 from model.pseudo import fine_target
-from model.scoring import ImageScore, Scorer
+from model.scoring import NUMBERS, ImageScore, Scorer
 from model.strategies import NEEDS
 
 log = logging.getLogger(__name__)
 
 #: The float columns of a score file, in order.
-COLUMNS = tuple(f.name for f in fields(ImageScore) if f.type in ("float", float))
+COLUMNS = NUMBERS
 
 
 @lru_cache(maxsize=2)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from model.coarse import label_coarsely
 from model.data import Folder, Pair
 from model.frozen import STEP, EncodedViews, encode_views, evaluate_encoded, predict_encoded, train_head
-from model.network import Network, build, checkpoint_classes, load
+from model.network import Encoded, Network, build, checkpoint_classes, load
 from model.pseudo import fine_target
-from model.scoring import Encoded, ImageScore, Scorer
+from model.scoring import ImageScore, Scorer
 from model.training import Recipe, evaluate, predict, train
 
 Map = NDArray[np.uint8]

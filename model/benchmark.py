@@ -19,7 +19,7 @@ from model.effort import Effort, correct, from_scratch
 from model.metrics import iou, mean_iou
 from model.network import Network, save
 from model.results import FULL, Row
-from model.scoring import ImageScore
+from model.scoring import NUMBERS, ImageScore
 from model.strategies import NEEDS, REFERENCES, STRATEGIES, Pool
 from model.training import Recipe
 
@@ -186,10 +186,9 @@ def chosen(arena: Arena, network: Network, images: list[int], begin: float) -> C
 
 def as_pool(scores: Sequence[ImageScore], labelled: Sequence[ImageScore], extras: Sequence[str]) -> Pool:
     """The arrays a strategy sees."""
-    numbers = [name for name, kind in ImageScore.__annotations__.items() if kind == "float"]
 
     def columns(rows: Sequence[ImageScore]) -> dict[str, NDArray[np.float64]]:
-        found = {name: np.array([getattr(s, name) for s in rows], np.float64) for name in numbers}
+        found = {name: np.array([getattr(s, name) for s in rows], np.float64) for name in NUMBERS}
         return found | {e: np.array([s.extras[e] for s in rows]) for e in extras if scores[0].extras[e].ndim == 0}
 
     def vectors(rows: Sequence[ImageScore]) -> dict[str, NDArray[np.float64]]:

@@ -64,6 +64,12 @@ class Classes:
             found[list(members)] = coarse
         return found
 
+    def coarse_table(self) -> NDArray[np.uint8]:
+        """(256,) the coarse class of each value of an annotation mask; UNKNOWN for values that are no fine class."""
+        table = np.full(256, UNKNOWN, np.uint8)
+        table[: len(self.fine)] = self.coarse_of()
+        return table
+
     def sets(self) -> NDArray[np.bool_]:
         """(C + G + 1, C) which classes each row allows: one class, the members of a coarse class, any."""
         groups = np.arange(len(self.coarse))[:, None] == self.coarse_of()[None]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from model.classes import IGNORE, MIXED, UNKNOWN, Classes
 from model.clusters import DEFAULT_K, cluster_map, cover, fit, sample_pixels, vegetation_guess
 from model.effort import CLICK, OPEN
-from model.pseudo import cluster_votes, decide, pseudo_ground_truth
+from model.pseudo import decide, image_votes, pseudo_ground_truth
 
 Map = NDArray[np.uint8]
 
@@ -19,8 +19,6 @@ Map = NDArray[np.uint8]
 ASKED = 5
 #: Pixels of each image that the codebook is fitted to.
 PIXELS = 500
-#: A cluster that fills less of an image than this says little there.
-SMALLEST_VOTE = 0.001
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def label_coarsely(images: Sequence[Map], masks: Sequence[Map], classes: Classes
     asked = [int(i) for i in cover(np.array([np.bincount(m.ravel(), minlength=k)[:k] for m in maps]), (), ASKED)]
     own = {i: answers(maps[i], masks[i], classes, k) for i in asked}
     clicks = sum(wrong_guesses(images[i], maps[i], own[i], k, len(classes.coarse)) for i in asked)
-    votes = np.array([votes_of(maps[i], own[i], k, len(classes.coarse)) for i in asked])
+    votes = np.array([image_votes(maps[i], own[i], k, len(classes.coarse)) for i in asked])
     decided = decide(votes)
     targets = [pseudo_ground_truth(labels, decided, own.get(i), classes) for i, labels in enumerate(maps)]
     return CoarseLabels(targets, clicks, OPEN * len(asked) + CLICK * clicks, asked)
@@ -64,18 +62,10 @@ def label_coarsely(images: Sequence[Map], masks: Sequence[Map], classes: Classes
 
 def answers(clusters: Map, mask: Map, classes: Classes, k: int) -> Map:
     """(H, W) the coarse class of most of each cluster's known pixels, UNKNOWN where none is known."""
-    coarse = np.append(classes.coarse_of(), np.zeros(256 - len(classes.fine), np.intp))[mask]
-    known = mask != IGNORE
+    known, coarse = mask != IGNORE, classes.coarse_table()[mask].astype(np.intp)
     table = np.bincount(clusters[known] * len(classes.coarse) + coarse[known], minlength=k * len(classes.coarse))
     table = table.reshape(k, len(classes.coarse))
     return np.where(table.any(1), table.argmax(1), UNKNOWN).astype(np.uint8)[clusters]
-
-
-def votes_of(clusters: Map, own: Map, k: int, num_coarse: int) -> NDArray[np.int64]:
-    """(k,) one image's votes; clusters that hardly occur in it have none."""
-    votes = cluster_votes(clusters, own, k, num_coarse)
-    votes[np.bincount(clusters.ravel(), minlength=k)[:k] < SMALLEST_VOTE * clusters.size] = UNKNOWN
-    return votes
 
 
 def wrong_guesses(image: Map, clusters: Map, own: Map, k: int, num_coarse: int) -> int:

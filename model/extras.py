@@ -26,7 +26,8 @@ class View(NamedTuple):
 
     Attributes:
         log_p: (C, H, W) log of the class probabilities p.
-        q: (C, H, W) p given what the target allows.
+        p: (C, H, W) class probabilities.
+        own: (C, H, W) bool, true at the most probable class.
         rows: (H, W) the target, rows of `Classes.sets()`.
         sets: (K, C) bool, what each row allows.
         foreground: (H, W) bool.
@@ -36,18 +37,14 @@ class View(NamedTuple):
     """
 
     log_p: Tensor
-    q: Tensor
+    p: Tensor
+    own: Tensor
     rows: Tensor
     sets: Tensor
     foreground: Tensor
     layers: Sequence[Tensor]
     squared: Tensor
     last: Sequence[nn.Conv2d]
-
-    @property
-    def p(self) -> Tensor:
-        """(C, H, W) class probabilities."""
-        return self.log_p.exp()
 
     @property
     def entropy(self) -> Tensor:
@@ -69,8 +66,7 @@ def entropy_foreground(view: View) -> Tensor:
 
 def class_entropy(view: View) -> Tensor:
     """(C,) entropy summed over the pixels of each predicted class, over all pixels."""
-    zero = view.entropy.new_zeros(len(view.log_p))
-    return zero.index_add(0, view.log_p.argmax(0).flatten(), view.entropy.flatten()) / view.entropy.numel()
+    return (view.own * view.entropy).sum((1, 2)) / view.entropy.numel()
 
 
 def egl_settles(view: View) -> Tensor:
@@ -137,7 +133,7 @@ def segment_egl(view: View) -> Tensor:
 
 def own(view: View) -> Tensor:
     """(E,) gradient against the network's own most probable classes, as in BADGE (Ash et al. 2020)."""
-    return gradient_embedding(view.p - one_hot(view.log_p.argmax(0), len(view.log_p)), view.layers)
+    return gradient_embedding(view.p - view.own.float(), view.layers)
 
 
 def fisher(view: View) -> Tensor:

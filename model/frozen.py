@@ -14,8 +14,7 @@ from torch import Tensor
 from model.classes import IGNORE, Classes
 from model.data import Sample, augment
 from model.metrics import confusion
-from model.network import Network
-from model.scoring import Encoded
+from model.network import Encoded, Network
 from model.training import Recipe, as_input, learn, mask_of, shuffled, view_size, weak_views
 
 Batch = tuple[dict[str, Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import requests
 import torch
@@ -62,6 +62,13 @@ NETWORKS: Mapping[str, Kind] = {
 DEFAULT = "lraspp_mobilenet_v3_large"
 
 
+class Encoded(NamedTuple):
+    """An image after the backbone: its features (1, D, h, w) by name, and its height and width."""
+
+    features: dict[str, Tensor]
+    size: tuple[int, int]
+
+
 class Network(nn.Module):
     """A torchvision segmentation network that takes plain images and returns logits."""
 
@@ -107,6 +114,11 @@ class Network(nn.Module):
     def backbone(self) -> nn.Module:
         """The part that pretrained weights are for."""
         return self.module.get_submodule("backbone")
+
+
+def device() -> str:
+    """CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(name: str, num_classes: int, pretrained: bool = True, seed: int = 0) -> Network:

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from model.classes import IGNORE, MIXED, UNKNOWN, Classes
 
+#: A region smaller than this share of an image says little about what its cluster is.
+SMALLEST_VOTE = 0.001
+
 
 def cluster_votes(clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int, num_coarse: int) -> NDArray[np.int64]:
     """What one image's coarse mask says about each cluster.
@@ -33,6 +36,13 @@ def cluster_votes(clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int
     check(np.delete(table.sum(0), [MIXED, UNKNOWN]), num_coarse, "coarse class")
     # An absent cluster has zeros only: the first answer would win.
     return np.where(table[:k].any(1), answers[table[:k, answers].argmax(1)], UNKNOWN)
+
+
+def image_votes(clusters: NDArray[np.uint8], coarse: NDArray[np.uint8], k: int, num_coarse: int) -> NDArray[np.int64]:
+    """The same as `cluster_votes`, but clusters that hardly occur in the image say nothing."""
+    votes = cluster_votes(clusters, coarse, k, num_coarse)
+    votes[np.bincount(clusters.ravel(), minlength=k)[:k] < SMALLEST_VOTE * clusters.size] = UNKNOWN
+    return votes
 
 
 def decide(votes: NDArray[np.integer]) -> NDArray[np.uint8]:

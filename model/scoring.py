@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model.classes import Classes
 from model.extras import View, extra
 from model.gradients import gradient_embedding, label_variance, log_posteriors, posteriors, squared_features
-from model.network import Network
+from model.network import Encoded, Network
 from model.sketch import Sketch
 
 #: Below any probability that counts; its logarithm is finite.
@@ -69,11 +69,8 @@ class ImageScore:
     extras: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-class Encoded(NamedTuple):
-    """An image after the backbone: its features (1, D, h, w) by name, and its height and width."""
-
-    features: dict[str, Tensor]
-    size: tuple[int, int]
+#: The numbers of an `ImageScore`, by name.
+NUMBERS = tuple(f.name for f in fields(ImageScore) if f.type == "float")
 
 
 class Seen(NamedTuple):
@@ -192,7 +189,7 @@ class Scorer:
             **expected_squares(gradient, p, q, squared),
             **uncertainty(log_p, p, best, own, self.classes),
         }
-        view = View(log_p, q, rows, self._sets, foreground, seen.layers, squared, self._last)
+        view = View(log_p, p, own, rows, self._sets, foreground, seen.layers, squared, self._last)
         return ImageScore(
             **finite(numbers),
             embedding=embedding.cpu().numpy(),

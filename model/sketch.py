@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.gradients import marginal_cross_entropy
-from model.network import Network
-
-if TYPE_CHECKING:
-    from model.scoring import Encoded
+from model.network import Encoded, Network
 
 #: Numbers that a gradient is folded into; norms and angles come out within a few per cent.
 WIDTH = 512

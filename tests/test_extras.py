@@ -25,9 +25,9 @@ from model.extras import (
     fisher,
     segment_egl,
 )
-from model.gradients import posteriors, squared_features
+from model.gradients import squared_features
 from model.network import build
-from model.scoring import Encoded, Scorer
+from model.scoring import Encoded, Scorer, most_probable
 from model.sketch import WIDTH
 
 CLASSES = Classes(("soil", "crop", "weed"), ("soil", "plant"), ((0,), (1, 2)))
@@ -45,9 +45,15 @@ def make(seed: int = 0, rows: Tensor | None = None, scale: int = 4) -> View:
         small = sum(conv(layer[None]) for conv, layer in zip(last, layers, strict=True))
         logits = F.interpolate(torch.as_tensor(small), size=SIZE, mode="bilinear")
     target = torch.randint(0, len(SETS), SIZE) if rows is None else rows
-    p, q = (x[0] for x in posteriors(logits, target[None], SETS))
+    p = logits[0].softmax(0)
     foreground = p.argmax(0) > 0
-    return View(logits[0].log_softmax(0), q, target, SETS, foreground, layers, squared_features(layers, SIZE), last)
+    squared, own = squared_features(layers, SIZE), most_probable(p)[1]
+    return View(logits[0].log_softmax(0), p, own, target, SETS, foreground, layers, squared, last)
+
+
+def believing(view: View, log_p: Tensor) -> View:
+    """The same with other probabilities."""
+    return view._replace(log_p=log_p, p=log_p.exp(), own=most_probable(log_p.exp())[1])
 
 
 def ask(name: str, view: View) -> Tensor:
@@ -74,7 +80,7 @@ def test_an_extra_is_finite_and_the_same_each_time(name: str) -> None:
 def test_an_extra_is_finite_where_the_network_is_certain(name: str) -> None:
     view = make()
     certain = (1000 * view.log_p).log_softmax(0)
-    assert torch.isfinite(ask(name, view._replace(log_p=certain))).all()
+    assert torch.isfinite(ask(name, believing(view, certain))).all()
 
 
 def test_an_extra_that_is_not_there_is_refused() -> None:
@@ -163,7 +169,7 @@ def test_segments_have_the_expected_square_that_all_their_labelings_have() -> No
     rows[:, :16] = CLASSES.coarse_row(1)  # two segments of one class each, if it is predicted everywhere
     view = make(1, rows, scale=8)
     bias = torch.tensor([0.0, 9.0, 0.0])[:, None, None]
-    view = view._replace(log_p=(0.3 * view.log_p + 0.1 * bias).log_softmax(0))
+    view = believing(view, (0.3 * view.log_p + 0.1 * bias).log_softmax(0))
     f = torch.cat([*view.layers, torch.ones_like(view.layers[0][:1])]).flatten(1)
     low = F.adaptive_avg_pool2d(view.p, (3, 4)).flatten(1)
     if len(set(low.argmax(0).tolist())) > 1:
