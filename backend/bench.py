@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import subprocess
 from collections import defaultdict
@@ -22,15 +21,14 @@ from backend.errors import BenchError
 from model import results
 from model.benchmark import SCALES, Curve, train_source
 from model.data import FolderError, ImageError
+from model.farms import Style
 from model.field import write_folder
 from model.network import PretrainedError, device
 from model.results import FULL, Row
 from model.strategies import REFERENCES, STRATEGIES
 
-log = logging.getLogger(__name__)
-
 #: Where the benchmark of this project got its rendered sets from: images for the pool and for the test.
-RENDERED = {"source": (80, 20), "target": (100, 40)}
+RENDERED: dict[Style, tuple[int, int]] = {"source": (80, 20), "target": (100, 40)}
 #: `random` runs with this many times the seeds: everything is compared with it.
 RANDOM_SEEDS = 3
 
@@ -89,7 +87,7 @@ def bench(order: Order, workers: int, board: Board | None, console: Console) -> 
     file = order.out / "results.csv"
     try:
         done = by_curve(results.read(file))
-        curves = [curve for curve in plan(order) if not finished(curve, done)]
+        curves = [curve for curve in plan(order) if missing(curve, done)]
     except (FolderError, ImageError, PretrainedError, results.ResultsError) as error:
         raise BenchError(str(error)) from error
     rows = sum(len(missing(curve, done)) for curve in curves)
@@ -168,11 +166,6 @@ def missing(curve: Curve, done: Known) -> list[int]:
     return [n for n in (0, *curve.steps) if n not in have]
 
 
-def finished(curve: Curve, done: Known) -> bool:
-    """Whether no row is missing that the pool can give."""
-    return not missing(curve, done)
-
-
 def report(out: Path) -> Path:
     """Remake figures, tables and summary from a folder's results.
 
@@ -196,7 +189,7 @@ def report(out: Path) -> Path:
 def render(folder: Path) -> None:
     """Render a source and a target field, the sets of this project's own benchmark that need no download."""
     for style, (train, test) in RENDERED.items():
-        write_folder(folder / f"field-{style}", train, test, "source" if style == "source" else "target", seed=1)
+        write_folder(folder / f"field-{style}", train, test, style, seed=1)
 
 
 def commit() -> str:

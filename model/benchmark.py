@@ -14,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.arena import Arena, Known, Learner, recipe_of
-from model.coarse import CoarseLabels
 from model.effort import Effort, correct, from_scratch
 from model.metrics import iou, mean_iou
 from model.network import Network, save
 from model.results import FULL, Row
 from model.scoring import NUMBERS, ImageScore
 from model.strategies import NEEDS, REFERENCES, STRATEGIES, Pool
-from model.training import Recipe
 
 #: Strategies that see nothing of coarse labels; where training does not either, none are given.
 WITHOUT_COARSE = frozenset(
@@ -98,6 +96,11 @@ class Curve:
         parts += [f"query size {min(jumps)}"] if min(jumps) > 1 else []
         return ", ".join(parts)
 
+    @property
+    def uses_coarse(self) -> bool:
+        """Whether coarse labels are given, to the strategy or to training."""
+        return self.weak or self.strategy not in WITHOUT_COARSE
+
     def to_json(self) -> dict[str, Any]:
         """For a job."""
         return asdict(self)
@@ -167,7 +170,7 @@ def choose(curve: Curve, arena: Arena, network: Network, labelled: Sequence[int]
     """The strategy's next images, and what the network would prelabel them with."""
     begin = time.perf_counter()
     pool = [i for i in range(len(arena.names)) if i not in set(labelled)]
-    known = Known(coarse=curve.weak or curve.strategy not in WITHOUT_COARSE, labelled=frozenset(labelled))
+    known = Known(coarse=curve.uses_coarse, labelled=frozenset(labelled))
     rng = np.random.default_rng([curve.seed, len(labelled)])
     if curve.strategy == "random":  # looks at nothing, so nothing is scored
         return chosen(arena, network, [pool[i] for i in rng.permutation(len(pool))[:count]], begin)
@@ -212,8 +215,6 @@ def as_pool(scores: Sequence[ImageScore], labelled: Sequence[ImageScore], extras
 def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network, seconds: float) -> Row:
     """Test the network and write down what it took to get there."""
     table = arena.test(network)
-    coarse: CoarseLabels = arena.coarse
-    uses_coarse = curve.weak or curve.strategy not in WITHOUT_COARSE
     fixes, scratch = efforts(arena, picks)
     return Row(
         setting=curve.setting,
@@ -224,7 +225,7 @@ def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network
         image=" ".join(arena.names[i] for i in picks.images),
         mIoU=mean_iou(table),
         iou=dict(zip(arena.classes.fine, iou(table).tolist(), strict=True)),
-        coarse_seconds=coarse.seconds if uses_coarse else 0.0,
+        coarse_seconds=arena.coarse.seconds if curve.uses_coarse else 0.0,
         # Whoever finds a prelabel worse than nothing deletes it.
         full_seconds=sum(min(a.seconds, b.seconds) for a, b in zip(fixes, scratch, strict=True)),
         scratch_seconds=sum(e.seconds for e in scratch),
@@ -249,9 +250,8 @@ def efforts(arena: Arena, picks: Chosen) -> tuple[list[Effort], list[Effort]]:
 def full_row(curve: Curve, arena: Arena, learner: Learner) -> Row:
     """The reference: a network that learnt the whole pool, in `FULL_STEPS` times as many steps."""
     network, seconds = learner.train(range(len(arena.names)), FULL_STEPS)
-    return replace(
-        make_row(curve, arena, len(arena.names), Chosen([], [], 0.0), network, seconds), image="", coarse_seconds=0.0
-    )
+    row = make_row(curve, arena, len(arena.names), Chosen([], [], 0.0), network, seconds)
+    return replace(row, coarse_seconds=0.0)
 
 
 def train_source(source: Path, scale: str, network: str, out: Path, device: str) -> Path:
@@ -270,8 +270,9 @@ def train_source(source: Path, scale: str, network: str, out: Path, device: str)
     path = out / f"source-{source.resolve().name}-{network}-{scale}.safetensors"
     if not path.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        arena = Arena(source, SCALES[scale].size, False, network, "pretrained", device)
-        recipe = Recipe(steps=FULL_STEPS * SCALES[scale].steps, batch=SCALES[scale].batch, view=SCALES[scale].size)
-        trained, _ = Learner(arena, recipe, 0, False).train(range(len(arena.names)))
+        size = SCALES[scale].size
+        arena = Arena(source, size, False, network, "pretrained", device)
+        recipe = recipe_of(SCALES[scale].steps, SCALES[scale].batch, size, frozen=False)
+        trained, _ = Learner(arena, recipe, 0, False).train(range(len(arena.names)), FULL_STEPS)
         save(trained, path, {"classes": "\n".join(arena.classes.fine)})
     return path

@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 
 from model.report_axes import DPI, FAMILIES, axis, draw, few, legend, look, panels, plain, save, share_scale
 from model.report_work import cost_curves, effort
-from model.statistics import REFERENCES, Curves, Floats, Group, areas, budget_of, difference_of, interval, shared_steps
+from model.statistics import (
+    REFERENCES,
+    Curves,
+    Floats,
+    Group,
+    areas,
+    budget_of,
+    difference_of,
+    interval,
+    shared_seeds,
+    shared_steps,
+)
 
 __all__ = ["gains", "learning_curves", "look", "of_setting", "penalty_matrix", "save"]
 
@@ -182,13 +193,13 @@ def gains(sets: Mapping[str, Group], summaries: Mapping[str, Any]) -> Figure | N
 
 def compares(curves: Curves, group: Group) -> bool:
     """Whether there are two pairs with random, so that a difference has a band."""
-    return "random" in group and len(set(curves.seeds) & set(group["random"].seeds)) > 1
+    return "random" in group and len(shared_seeds(curves, group["random"])) > 1
 
 
 def gain(axes: Axes, group: Group, strategy: str, versus: Mapping[str, Any]) -> None:
     """One difference to random, and where it comes down to 0."""
     ours, random = group[strategy], group["random"]
-    seeds = sorted(set(ours.seeds) & set(random.seeds))
+    seeds = shared_seeds(ours, random)
     n = np.array(shared_steps(ours, random), np.float64)
     inside = n <= budget_of(ours.n)
     draw(axes, n[inside], difference_of(ours, random, seeds)[:, inside], strategy)

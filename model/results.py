@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -116,9 +117,18 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(COLUMNS) + "\n", "utf-8")
-    with path.open("r+", encoding="utf-8", newline="") as file:
-        text = file.read()
-        file.seek(len(text[: text.rfind("\n") + 1].encode()))
-        file.truncate()
+    drop_cut_line(path)
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writerows(row.to_csv() for row in rows)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Remove a last line without an end; a file that ends well is not read."""
+    with path.open("rb+") as file:
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)

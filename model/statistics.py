@@ -31,6 +31,7 @@ __all__ = [
     "paired",
     "penalties",
     "references",
+    "shared_seeds",
     "shared_steps",
     "t_test",
     "unfinished",
@@ -64,7 +65,7 @@ def interval(values: Floats) -> list[float] | None:
 def paired(ours: Curves, theirs: Curves) -> dict[str, Any] | None:
     """Difference of areas over common seeds: mean, 95 % interval and p of a paired t-test; None of fewer than two."""
     a, b = (dict(zip(curves.seeds, areas(curves), strict=True)) for curves in (ours, theirs))
-    difference = np.array([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+    difference = np.array([a[seed] - b[seed] for seed in shared_seeds(ours, theirs)])
     return t_test(difference)
 
 
@@ -113,7 +114,7 @@ def penalties(group: Mapping[str, Group]) -> tuple[list[str], Floats]:
 
 def wins(ours: Curves, theirs: Curves) -> float:
     """Share of the budgets, n from 1 on, at which we are significantly better over the common seeds."""
-    seeds = sorted(set(ours.seeds) & set(theirs.seeds))
+    seeds = shared_seeds(ours, theirs)
     if len(seeds) < 2:
         return 0.0
     difference, n = difference_of(ours, theirs, seeds), np.array(shared_steps(ours, theirs))
@@ -122,6 +123,11 @@ def wins(ours: Curves, theirs: Curves) -> float:
     t = np.sqrt(len(seeds)) * mean / np.where(deviation > 0, deviation, np.inf)
     t = np.where((deviation == 0) & (mean > 0), np.inf, t)
     return float((t > stats.t.ppf(0.975, len(seeds) - 1)).mean())
+
+
+def shared_seeds(ours: Curves, theirs: Curves) -> list[int]:
+    """The seeds that both have, which makes them pairs."""
+    return sorted(set(ours.seeds) & set(theirs.seeds))
 
 
 def shared_steps(ours: Curves, theirs: Curves) -> tuple[int, ...]:
@@ -148,7 +154,7 @@ def crossing(ours: Curves, theirs: Curves) -> dict[str, Any] | None:
         lies above 0 (0: none); `crosses`, the first n at which the mean difference, smoothed over three n, is not
         positive, and its bootstrap `interval` (None: not within the curve); None of fewer than two pairs.
     """
-    seeds = sorted(set(ours.seeds) & set(theirs.seeds))
+    seeds = shared_seeds(ours, theirs)
     n = np.array(shared_steps(ours, theirs))
     if len(seeds) < 2 or not (n >= 1).any():
         return None
