@@ -197,7 +197,7 @@ def test_an_interrupted_demo_leaves_nothing_and_starts_clean(tmp_path: Path) -> 
             prints(running, "Uploading", 300)
             with family(running.process) as everybody:
                 os.kill(running.process.pid, number)
-                running.process.wait(180)
+                running.process.wait(60)
                 assert len(everybody) > 4
                 assert gone(everybody)
         assert "Traceback" not in running.log.read_text()
