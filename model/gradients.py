@@ -8,6 +8,7 @@ The gradient of the loss at the logits is G = (p - q) / N, at the weights dW = (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,7 +68,11 @@ def gradient_embedding(residual: Tensor, features: Sequence[Tensor]) -> Tensor:
     """
     down, across = _enlargements(features[0], residual)
     # U is the same along rows and columns separately, so its adjoint is two small products.
-    low = (down.T @ residual @ across) / residual[0].numel()
+    return low_embedding((down.T @ residual @ across) / residual[0].numel(), features)
+
+
+def low_embedding(low: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """`gradient_embedding` from the gradient (C, h, w) at what the last layers put out, before it is enlarged."""
     bias = low.sum((1, 2))
     weights = [low.flatten(1) @ layer.flatten(1).T for layer in features]
     return torch.cat([part for weight in weights for part in (weight.flatten(), bias)])
@@ -117,7 +122,13 @@ def label_variance(probabilities: Tensor, squared: Tensor) -> Tensor:
 
 def interpolation(low: int, high: int, like: Tensor) -> Tensor:
     """(high, low) the matrix by which torch enlarges one axis linearly, without aligning corners."""
-    return F.interpolate(torch.eye(low, dtype=like.dtype, device=like.device)[None], size=high, mode="linear")[0].T
+    return _interpolation(low, high, like.dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _interpolation(low: int, high: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for later, when gradients may be wanted
+        return F.interpolate(torch.eye(low, dtype=dtype, device=device)[None], size=high, mode="linear")[0].T
 
 
 def _enlargements(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,9 +100,12 @@ class Network(nn.Module):
 
     def decode(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         """Logits (N, C, H, W) of what `encode` gave, at any size (H, W)."""
-        head = self.module.get_submodule("classifier")
-        low = head(features if isinstance(self.module, LRASPP) else features["out"])
-        return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
+        return F.interpolate(self.head(features), size=size, mode="bilinear", align_corners=False)
+
+    def head(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits (N, C, h, w) of what `encode` gave, at the resolution of the last layers' inputs."""
+        classifier = self.module.get_submodule("classifier")
+        return cast(Tensor, classifier(features if isinstance(self.module, LRASPP) else features["out"]))
 
     def last_layers(self) -> list[nn.Conv2d]:
         """The final 1x1 convolutions, whose outputs are added and enlarged to logits: two for LR-ASPP, else one."""

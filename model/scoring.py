@@ -18,12 +18,22 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.classes import Classes
 from model.extras import View, extra
-from model.gradients import gradient_embedding, label_variance, log_posteriors, posteriors, squared_features
+from model.gradients import (
+    gradient_embedding,
+    interpolation,
+    label_variance,
+    log_posteriors,
+    low_embedding,
+    posteriors,
+    squared_features,
+)
 from model.network import Encoded, Network
+from model.pixels import Pixels, neighbour_products, walk
 from model.sketch import Sketch
 
 #: Below any probability that counts; its logarithm is finite.
 TINY = 1e-30
+NOT_FINITE = "the network's output is not finite: its training diverged, or its checkpoint is damaged"
 
 
 @dataclass(frozen=True)
@@ -109,15 +119,18 @@ class Scorer:
             raise ValueError(f"the network knows {network.num_classes} classes, not {', '.join(classes.fine)}")
         self.network, self.classes, self._device = network, classes, torch.device(device)
         self._extras = {name: extra(name) for name in extras}
+        # More extras than numbers, or another device: torch's way; see `pixels.py`.
+        self._walks = self._device.type == "cpu" and not self._extras
         self._sets = torch.from_numpy(classes.sets()).to(self._device)
         self._coarse_of = torch.from_numpy(classes.coarse_of()).to(self._device)
         # Coarse class that a row of the target names; -1 for "any class".
         named = [*classes.coarse_of(), *range(len(classes.coarse)), -1]
         self._named = torch.tensor(named, device=self._device)
         folded = fold_batch_norms(copy.deepcopy(network).eval())
-        self._copy = folded.to(self._device).to(memory_format=torch.channels_last)
-        self._sketch = None if layers == "last" else Sketch(self._copy, layers, self._sets)
-        self._last = self._copy.last_layers()
+        #: The copy: batch norms folded, channels last.
+        self.folded = folded.to(self._device).to(memory_format=torch.channels_last)
+        self._sketch = None if layers == "last" else Sketch(self.folded, layers, self._sets)
+        self._last = self.folded.last_layers()
         self._layers: list[Tensor] = []
         for layer in self._last:
             layer.register_forward_pre_hook(lambda _, inputs: self._layers.append(inputs[0]))
@@ -125,7 +138,7 @@ class Scorer:
     def encode(self, image: NDArray[np.uint8]) -> Encoded:
         """What the backbone makes of an image (H, W, 3); as long as it does not change, `score` takes this instead."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=self._device.type == "cuda"):
-            return Encoded(self._copy.encode(as_input(image, self._device)), (image.shape[0], image.shape[1]))
+            return Encoded(self.folded.encode(as_input(image, self._device)), (image.shape[0], image.shape[1]))
 
     def score(self, image: NDArray[np.uint8] | Encoded, target: NDArray[np.integer]) -> ImageScore:
         """Score one image.
@@ -140,16 +153,31 @@ class Scorer:
         encoded = image if isinstance(image, Encoded) else self.encode(image)
         if encoded.size != target.shape:
             raise ValueError(f"the image is {encoded.size}, its target {target.shape}")
-        rows = torch.from_numpy(target.astype(np.int64)).to(self._device)
         with torch.inference_mode():
-            score = self._score(self._look(encoded), rows)
+            score = self._walk(encoded, target) if self._walks else self._score(self._look(encoded), target)
         if self._sketch is None:
             return score
+        embedding = self.sketch(image, target)
+        return replace(score, embedding=embedding, magnitude=float(np.linalg.norm(embedding)))
+
+    def sketch(self, image: NDArray[np.uint8] | Encoded, target: NDArray[np.integer]) -> NDArray[np.float32]:
+        """The gradient of the head or of all layers, folded; see `model.sketch`.
+
+        Args:
+            image: as in `score`.
+            target: as in `score`.
+
+        Raises:
+            ValueError: the scorer was made for the last layer, or has not what the gradient needs.
+        """
+        if self._sketch is None:
+            raise ValueError('the scorer was made for the last layer alone: give it layers="head" or "all"')
         if isinstance(image, Encoded) and not self._sketch.head_only:
             raise ValueError("the gradient of all layers needs the image, not what the backbone made of it")
-        source = encoded if isinstance(image, Encoded) or self._sketch.head_only else as_input(image, self._device)
-        embedding = self._sketch.gradient(source, rows)
-        return replace(score, embedding=embedding, magnitude=float(np.linalg.norm(embedding)))
+        rows = torch.from_numpy(target.astype(np.int64)).to(self._device)
+        if self._sketch.head_only:
+            return self._sketch.gradient(image if isinstance(image, Encoded) else self.encode(image), rows)
+        return self._sketch.gradient(as_input(image, self._device), rows)
 
     def score_many(
         self, images: Iterable[NDArray[np.uint8]], targets: Iterable[NDArray[np.integer]]
@@ -162,16 +190,38 @@ class Scorer:
         """The head's forward pass."""
         self._layers.clear()
         with torch.autocast(self._device.type, enabled=self._device.type == "cuda"):
-            logits = self._copy.decode(encoded.features, encoded.size)
-        features = encoded.features
+            logits = self.folded.decode(encoded.features, encoded.size)
         # The last layers' gradient is taken in single precision whatever the forward pass ran in.
         return Seen(
             logits[0].float().contiguous(),
             [layer[0].float() for layer in self._layers],
-            features.get("high", features.get("out", logits))[0].float(),
+            backbone_output(encoded).float(),
         )
 
-    def _score(self, seen: Seen, rows: Tensor) -> ImageScore:
+    def _walk(self, encoded: Encoded, target: NDArray[np.integer]) -> ImageScore:
+        """The CPU's way."""
+        self._layers.clear()
+        logits = self.folded.head(encoded.features)[0].contiguous().numpy()
+        if not np.isfinite(logits).all():
+            raise ValueError(NOT_FINITE)  # here, since comparisons below would pass over it
+        layers = [layer[0] for layer in self._layers]
+        rows = target.astype(np.uint8)
+        seen = walk(logits, rows, self.classes, neighbour_products(layers), len(layers))
+        across = interpolation(logits.shape[2], rows.shape[1], layers[0])
+        embedding = low_embedding(torch.from_numpy(seen.wide) @ across / rows.size, layers)
+        # Where any class is allowed the gradient is 0; the embedding is another one there.
+        magnitude = 0.0 if (rows == self.classes.any_row).all() else float(embedding.norm())
+        return ImageScore(
+            **finite(measures(seen, magnitude)),
+            embedding=embedding.numpy(),
+            features=pooled(backbone_output(encoded), torch.from_numpy(seen.maps.foreground)).numpy(),
+            prediction=seen.maps.prediction,
+            confidence=seen.maps.confidence,
+        )
+
+    def _score(self, seen: Seen, target: NDArray[np.integer]) -> ImageScore:
+        """The way by torch: on GPUs, and where more is asked for than the numbers."""
+        rows = torch.from_numpy(target.astype(np.int64)).to(self._device)
         log_p, log_q = (x[0] for x in log_posteriors(seen.logits[None], rows[None], self._sets))
         p, q = log_p.exp(), log_q.exp()
         best, own = most_probable(p)
@@ -191,7 +241,7 @@ class Scorer:
         }
         view = View(log_p, p, own, rows, self._sets, foreground, seen.layers, squared, self._last)
         return ImageScore(
-            **finite(numbers),
+            **finite(dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))),
             embedding=embedding.cpu().numpy(),
             features=pooled(seen.backbone, foreground).cpu().numpy(),
             prediction=prediction.to(torch.uint8).cpu().numpy(),
@@ -269,12 +319,32 @@ def uncertainty(log_p: Tensor, p: Tensor, best: Tensor, own: Tensor, classes: Cl
     }
 
 
+def measures(seen: Pixels, magnitude: float) -> dict[str, float]:
+    """The numbers of an `ImageScore` by name."""
+    pixels = seen.maps.prediction.size
+    mean = {name: total / pixels for name, total in seen.sums.items()}
+    variance, fine = mean["variance"] / pixels, mean["entropy"] - mean["coarse_entropy"]
+    return mean | {
+        "magnitude": magnitude,
+        "variance": variance,
+        "coarse_egl": magnitude**2 + variance,
+        "egl": mean["egl"] / pixels,
+        "coarse_entropy": max(mean["coarse_entropy"], 0.0),
+        "fine_entropy": max(fine, 0.0),
+    }
+
+
+def backbone_output(encoded: Encoded) -> Tensor:
+    """(F, h, w) the deepest features of an image."""
+    return encoded.features.get("high", encoded.features.get("out", next(iter(encoded.features.values()))))[0]
+
+
 def pooled(features: Tensor, foreground: Tensor) -> Tensor:
-    """(2 F,) means of features (F, h, w) over the image and over the foreground, a bool map (H, W)."""
-    share = F.adaptive_avg_pool2d(foreground.float()[None], (features.shape[1], features.shape[2]))[0]
-    whole = features.mean((1, 2))
-    inside = (features * share).sum((1, 2)) / share.sum() if share.any() else whole
-    return torch.cat([whole, inside])
+    """(2 F,) means of features (F, h, w) over the image and over the foreground, a map (H, W)."""
+    share = F.adaptive_avg_pool2d(foreground.float()[None], (features.shape[1], features.shape[2])).flatten()
+    whole = torch.full_like(share, 1 / len(share))
+    weights = torch.stack([whole, share / share.sum() if share.any() else whole])
+    return (weights @ features.permute(1, 2, 0).flatten(0, 1)).flatten()
 
 
 def fold_batch_norms(network: Network) -> Network:
@@ -297,13 +367,12 @@ def as_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 255
 
 
-def finite(numbers: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The numbers as floats.
+def finite(numbers: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers as they are.
 
     Raises:
         ValueError: one of them is not finite.
     """
-    values = torch.stack(list(numbers.values())).tolist()
-    if not np.isfinite(values).all():
-        raise ValueError("the network's output is not finite: its training diverged, or its checkpoint is damaged")
-    return dict(zip(numbers, values, strict=True))
+    if not np.isfinite(list(numbers.values())).all():
+        raise ValueError(NOT_FINITE)
+    return dict(numbers)

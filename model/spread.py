@@ -39,7 +39,9 @@ class Farthest(NamedTuple):
     novelty: NDArray[np.float64]
 
 
-def farthest_first(vectors: Floats, seen: Floats, weight: Floats, rng: np.random.Generator) -> Farthest:
+def farthest_first(
+    vectors: Floats, seen: Floats, weight: Floats, rng: np.random.Generator, places: int = GREEDY
+) -> Farthest:
     """Greedy order by weight times distance (1 - largest cosine) to everything chosen before.
 
     Args:
@@ -54,7 +56,7 @@ def farthest_first(vectors: Floats, seen: Floats, weight: Floats, rng: np.random
     size, nearest = len(vectors), largest_cosine(vectors, seen)
     novelty = np.clip(1 - nearest, 0, 2).astype(np.float64)
     tie, left, order = rng.permutation(size), np.ones(size, bool), list[int]()
-    for _ in range(min(size, GREEDY)):
+    for _ in range(min(size, places)):
         order.append(highest(np.where(left, weight * novelty, -1), tie))
         left[order[-1]] = False
         np.maximum(nearest, vectors @ vectors[order[-1]], out=nearest)

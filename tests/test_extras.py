@@ -241,7 +241,7 @@ def test_a_sketch_has_the_length_of_its_gradient(layers: str) -> None:
     assert score.magnitude == pytest.approx(float(np.linalg.norm(score.embedding)))
     sketch = scorer._sketch
     assert sketch is not None
-    logits = scorer._copy(torch.from_numpy(image()).permute(2, 0, 1)[None].float() / 255)
+    logits = scorer.folded(torch.from_numpy(image()).permute(2, 0, 1)[None].float() / 255)
     loss = F.cross_entropy(logits, torch.from_numpy(target)[None])
     found = torch.autograd.grad(loss, sketch._parameters)
     # Scaled as the sketch scales them: by the root of the fan-in.
