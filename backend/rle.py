@@ -26,8 +26,9 @@ def encode_rle(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> NDArray[np.uint8]
     Args:
         mask: (H, W), not 0 = inside.
     """
-    flat = np.concatenate([[False], np.asarray(mask).ravel() != 0])
-    return encode_changes(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)
+    inside = np.asarray(mask, bool).ravel()
+    changes = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    return encode_changes(np.append(0, changes) if inside[:1].any() else changes, inside.size)
 
 
 def encode_changes(changes: Ints, pixels: int) -> NDArray[np.uint8]:

@@ -11,10 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+
+from model.compiled import compiled, in_slabs
 
 Floats = NDArray[np.float32]
 Image = NDArray[np.uint8]
@@ -30,7 +30,9 @@ CENTRING = 0.5
 #: Pixels of one image that its own clusters are fitted to.
 SAMPLE = 20_000
 #: Pixels assigned at a time, so that their distances stay in the cache.
-CHUNK = 16_384
+CHUNK = 512
+#: By which excess green of bytes comes into the range of Lab.
+EXCESS = 50 / 255
 #: Excess green is spread over at least this much of its range where colours can tell plants from soil.
 LEAST_SPREAD = 0.05
 #: Below this sum of the three channels a pixel is too dark to have a colour.
@@ -72,11 +74,14 @@ def features(image: Image) -> Floats:
     Returns:
         (H * W, 4) float32; L and a, b in CIE units, excess green (2G - R - B) in the same range.
     """
-    scaled = image.astype(np.float32) / 255
-    lab = cv2.cvtColor(scaled, cv2.COLOR_RGB2LAB)
-    found = np.dstack([lab, scaled @ np.array([-50, 100, -50], np.float32)])
-    # Not numpy's mean: in float32 it adds row after row, which is slow and loses digits.
-    return np.asarray(found - np.float32(CENTRING) * np.array(cv2.mean(found), np.float32)).reshape(-1, 4)
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    red, green, blue, _ = cv2.mean(image)
+    # The mean of excess green is the excess green of the mean. Not numpy's mean: in float32 it loses digits.
+    mean = np.array([*cv2.mean(lab)[:3], EXCESS * (2 * green - red - blue)])
+    found = np.empty((lab.shape[0] * lab.shape[1], 4), np.float32)
+    flat, colours, part = lab.reshape(-1, 3), image.reshape(-1, 3), (CENTRING * mean).astype(np.float32)
+    in_slabs(lambda start, stop: _features(start, stop, flat, colours, part, found), len(found))
+    return found
 
 
 def sample_pixels(image: Image, n: int, rng: np.random.Generator) -> Floats:
@@ -133,15 +138,9 @@ def smoothed(image: Image) -> Image:
 
 def assign(points: Floats, centres: Floats) -> NDArray[np.uint8]:
     """(N,) nearest centre, of equally near ones the first; |x|^2 is the same for all centres and left out."""
-    weights, offset = -2 * centres, (centres**2).sum(1)[:, None]
-    nearest = np.zeros(len(points), np.uint8)
-    for start in range(0, len(points), CHUNK):
-        part = nearest[start : start + CHUNK]
-        distances = weights @ points[start : start + CHUNK].T + offset
-        least = distances[0].copy()
-        for centre in range(1, len(centres)):  # argmin over a short axis takes twice the time
-            np.copyto(part, np.uint8(centre), where=distances[centre] < least)
-            np.minimum(least, distances[centre], out=least)
+    weights, offset = -2 * centres, (centres**2).sum(1)
+    nearest = np.empty(len(points), np.uint8)
+    in_slabs(lambda start, stop: _assign(start, stop, points, weights, offset, nearest), len(points))
     return nearest
 
 
@@ -172,28 +171,90 @@ def without_small(labels: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
 
 
 def pieces(labels: NDArray[np.integer]) -> NDArray[np.int32]:
-    """(H, W) number of the piece of equal labels, 8-connected, that each pixel is in.
-
-    All labels in one pass: runs of equal pixels in a row are the nodes of a graph, and runs that touch its edges.
-    """
-    starts = np.ones(labels.shape, bool)
-    starts[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    run = np.cumsum(starts, dtype=np.int32).reshape(labels.shape) - np.int32(1)
-    pairs = np.concatenate([touching(labels, run, shift) for shift in (-1, 0, 1)], axis=1)
-    size = int(run[-1, -1]) + 1
-    graph = coo_array((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(size, size))
-    return np.asarray(connected_components(graph, directed=False)[1][run], np.int32)
+    """(H, W) number of the piece of equal labels, 8-connected, that each pixel is in; all labels in one pass."""
+    found = np.empty(labels.shape, np.int32)
+    _pieces(np.ascontiguousarray(labels), found)
+    return found
 
 
-def touching(labels: NDArray[np.integer], run: NDArray[np.int32], shift: int) -> NDArray[np.int32]:
-    """(2, P) pairs of runs of equal label, the lower one touching the upper one `shift` pixels to the right."""
-    width = labels.shape[1]
-    up, down = slice(max(shift, 0), width + min(shift, 0)), slice(max(-shift, 0), width + min(-shift, 0))
-    upper, lower = run[:-1, up], run[1:, down]
-    same = labels[:-1, up] == labels[1:, down]
-    # A pair of long runs touches in many pixels; the first one is enough.
-    same[:, 1:] &= (upper[:, 1:] != upper[:, :-1]) | (lower[:, 1:] != lower[:, :-1])
-    return np.stack([upper[same], lower[same]])
+@compiled
+def _features(start: int, stop: int, lab: Floats, image: Image, part: Floats, found: Floats) -> None:
+    for x in range(start, stop):
+        found[x, 0] = lab[x, 0] - part[0]
+        found[x, 1] = lab[x, 1] - part[1]
+        found[x, 2] = lab[x, 2] - part[2]
+        excess = 2 * np.int32(image[x, 1]) - np.int32(image[x, 0]) - np.int32(image[x, 2])
+        found[x, 3] = np.float32(EXCESS) * np.float32(excess) - part[3]
+
+
+@compiled
+def _assign(start: int, stop: int, points: Floats, weights: Floats, offset: Floats, nearest: NDArray[np.uint8]) -> None:
+    least, best = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
+    for first in range(start, stop, CHUNK):
+        size = min(CHUNK, stop - first)
+        for k in range(weights.shape[0]):
+            a, b, c, d = weights[k, 0], weights[k, 1], weights[k, 2], weights[k, 3]
+            for x in range(size):
+                point = points[first + x]
+                away = offset[k] + a * point[0] + b * point[1] + c * point[2] + d * point[3]
+                nearer = k == 0 or away < least[x]
+                best[x] = np.int32(k) if nearer else best[x]
+                least[x] = away if nearer else least[x]
+        for x in range(size):
+            nearest[first + x] = np.uint8(best[x])
+
+
+@compiled
+def _pieces(labels: NDArray[np.integer], found: NDArray[np.int32]) -> None:
+    """Union-find: each pixel joins the neighbours above and to the left that have its label."""
+    height, width = labels.shape
+    parent = np.empty(height * width, np.int32)  # of provisional numbers; the lowest one is the root
+    count = 0
+    for y in range(height):
+        for x in range(width):
+            label = labels[y, x]
+            left = x > 0 and labels[y, x - 1] == label
+            if y > 0 and labels[y - 1, x] == label:  # its other neighbours have joined it already
+                found[y, x] = found[y - 1, x]
+                continue
+            number = np.int32(-1)
+            if left:
+                number = found[y, x - 1]
+            elif y > 0 and x > 0 and labels[y - 1, x - 1] == label:
+                number = found[y - 1, x - 1]
+            if y > 0 and x < width - 1 and labels[y - 1, x + 1] == label:
+                other = found[y - 1, x + 1]
+                number = other if number < 0 else _joined(parent, number, other)
+            if number < 0:
+                number = np.int32(count)
+                parent[count] = number
+                count += 1
+            found[y, x] = number
+    final = 0
+    for number in range(count):  # roots come before those that joined them
+        if parent[number] == number:
+            parent[number] = final
+            final += 1
+        else:
+            parent[number] = parent[parent[number]]
+    for y in range(height):
+        for x in range(width):
+            found[y, x] = parent[found[y, x]]
+
+
+@compiled
+def _joined(parent: NDArray[np.int32], one: int, other: int) -> np.int32:
+    """The common root of two pieces that touch."""
+    while parent[one] != one:
+        parent[one] = parent[parent[one]]
+        one = parent[one]
+    while parent[other] != other:
+        parent[other] = parent[parent[other]]
+        other = parent[other]
+    root = min(one, other)
+    parent[one] = root
+    parent[other] = root
+    return np.int32(root)
 
 
 def vegetation_guess(image: Image, clusters: NDArray[np.uint8], k: int) -> NDArray[np.float64] | None:

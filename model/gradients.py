@@ -68,11 +68,7 @@ def gradient_embedding(residual: Tensor, features: Sequence[Tensor]) -> Tensor:
     """
     down, across = _enlargements(features[0], residual)
     # U is the same along rows and columns separately, so its adjoint is two small products.
-    return low_embedding((down.T @ residual @ across) / residual[0].numel(), features)
-
-
-def low_embedding(low: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """`gradient_embedding` from the gradient (C, h, w) at what the last layers put out, before it is enlarged."""
+    low = (down.T @ residual @ across) / residual[0].numel()
     bias = low.sum((1, 2))
     weights = [low.flatten(1) @ layer.flatten(1).T for layer in features]
     return torch.cat([part for weight in weights for part in (weight.flatten(), bias)])

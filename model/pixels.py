@@ -7,35 +7,25 @@ Each step is a plain loop along the row, of a form that compilers turn into inst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from model.classes import Classes
 from model.compiled import compiled, in_slabs
+from model.grids import Products
+from model.rows import HALF, ONE, ZERO, Axis, axis, enlarge, exponential, logarithm, mix, spread
 
 Floats = NDArray[np.float32]
 
 #: Sums over pixels, in the order in which they are kept.
 SUMS = ("entropy", "coarse_entropy", "least_confidence", "margin", "pseudo_loss", "foreground", "egl", "variance")
-ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 #: Below this share of the total, what the set allows is computed again with a maximum of its own.
 FAINT = np.float32(1e-25)
 #: Below any probability that counts; its logarithm is finite.
 TINY = np.float32(1e-30)
-#: The exponential of anything lower counts as that of this.
-LOWEST = np.float32(-87.0)
-
-
-class Axis(NamedTuple):
-    """Bilinear enlargement of one axis: each place mixes `low` and `low + 1`, the latter by `weight`."""
-
-    low: NDArray[np.uint32]
-    weight: Floats
 
 
 class Tables(NamedTuple):
@@ -50,15 +40,6 @@ class Tables(NamedTuple):
     sets: Floats
     coarse: NDArray[np.int32]
     foreground: NDArray[np.uint8]
-
-
-class Products(NamedTuple):
-    """Inner products of neighbouring features, (h, w) each: with itself, to the right, below, across (their mean)."""
-
-    own: Floats
-    right: Floats
-    below: Floats
-    across: Floats
 
 
 class Maps(NamedTuple):
@@ -104,16 +85,6 @@ class Pixels(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def axis(low: int, high: int) -> Axis:
-    """How torch enlarges an axis linearly, without aligning corners."""
-    # In single precision, as torch does: else weights differ by more than what they are multiplied with can stand.
-    places = np.arange(high, dtype=np.float32) + HALF
-    source = np.maximum(np.float32(low) / np.float32(high) * places - HALF, ZERO)
-    left = np.minimum(source.astype(np.uint32), low - 1).astype(np.uint32)
-    return Axis(left, np.where(left < low - 1, source - left, 0).astype(np.float32))
-
-
-@lru_cache(maxsize=16)
 def tables(classes: Classes) -> Tables:
     """The meaning of classes as arrays."""
     coarse = classes.coarse_of().astype(np.int32)
@@ -154,34 +125,6 @@ def buffers(classes: int, low: int, width: int) -> Row:
     return Row(*deep, *flat, np.empty((2, low + 1), np.float32), *ints)
 
 
-def neighbour_products(features: Sequence[Tensor]) -> Products:
-    """Inner products of neighbours, summed over all last layers' inputs, (D, h, w) each."""
-    grids = [layer.permute(1, 2, 0).contiguous().numpy() for layer in features]
-    found = Products(*(np.zeros(grids[0].shape[:2], np.float32) for _ in Products._fields))
-    for grid in grids:
-        in_slabs(lambda start, stop, grid=grid: _products(start, stop, grid, found), len(grid))
-    return found
-
-
-@compiled
-def _products(start: int, stop: int, grid: Floats, found: Products) -> None:
-    height, width, depth = grid.shape
-    for y in range(start, stop):
-        for x in range(width):
-            one, aside = grid[y, x], grid[y, min(x + 1, width - 1)]
-            below, corner = grid[min(y + 1, height - 1), x], grid[min(y + 1, height - 1), min(x + 1, width - 1)]
-            own, right, down, across = ZERO, ZERO, ZERO, ZERO
-            for k in range(depth):
-                own += one[k] * one[k]
-                right += one[k] * aside[k]
-                down += one[k] * below[k]
-                across += one[k] * corner[k] + aside[k] * below[k]
-            found.own[y, x] += own
-            found.right[y, x] += right
-            found.below[y, x] += down
-            found.across[y, x] += across * HALF
-
-
 @compiled
 def _rows(
     start: int,
@@ -204,12 +147,12 @@ def _rows(
         i, a = down.low[y], down.weight[y]
         j = min(i + 1, last)
         for c in range(logits.shape[0]):
-            _mix(logits[c, i], logits[c, j], a, row.low[0])
-            _enlarge(row.low[0], across, row.z[c])
+            mix(logits[c, i], logits[c, j], a, row.low[0])
+            enlarge(row.low[0], across, row.z[c])
         _probabilities(row)
         _inside(target[y], meaning, row)
-        _log(row.total, row.log_total, row.bits)
-        _log(row.inside, row.log_inside, row.bits)
+        logarithm(row.total, row.log_total, row.bits)
+        logarithm(row.inside, row.log_inside, row.bits)
         sums[4] += _again(target[y], meaning, row)
         _squares(products, i, j, a, across, biases, row)
         _reasons(row, sums)
@@ -217,23 +160,8 @@ def _rows(
         sums[5] += _look(target[y], meaning, row, maps.prediction[y], maps.confidence[y], maps.foreground[y])
         for c in range(logits.shape[0]):
             _pull(row, c, own)
-            _spread(row.q[c], ONE - a, wide[c, i])
-            _spread(row.q[c], a, wide[c, j])
-
-
-@compiled
-def _mix(upper: Floats, lower: Floats, weight: np.float32, out: Floats) -> None:
-    """Between two rows; the last value once more, so that an enlargement may look past the end."""
-    for x in range(upper.shape[0]):
-        out[x] = upper[x] + weight * (lower[x] - upper[x])
-    out[upper.shape[0]] = out[upper.shape[0] - 1]
-
-
-@compiled
-def _enlarge(low: Floats, across: Axis, out: Floats) -> None:
-    for x in range(out.shape[0]):
-        left = across.low[x]
-        out[x] = low[left] + across.weight[x] * (low[left + np.uint32(1)] - low[left])
+            spread(row.q[c], ONE - a, wide[c, i])
+            spread(row.q[c], a, wide[c, j])
 
 
 @compiled
@@ -250,7 +178,7 @@ def _probabilities(row: Row) -> None:
     row.group[:] = 0
     row.second[:] = 0
     for c in range(row.z.shape[0]):
-        _exp(row.z[c], row.top, row.p[c], row.bits)
+        exponential(row.z[c], row.top, row.p[c], row.bits)
         for x in range(row.top.shape[0]):
             value = row.p[c, x]
             row.total[x] += value
@@ -320,13 +248,11 @@ def _reasons(row: Row, sums: NDArray[np.float64]) -> None:
         unsure += (row.total[x] - ONE) * share
         between += (ONE - row.second[x]) * share
         entropy += row.log_total[x]
-        row.total[x] = share
-        row.inside[x] = ONE / row.inside[x]
         row.top[x] = ONE
         row.second[x] = ONE
     for c in range(row.p.shape[0]):
         for x in range(row.total.shape[0]):
-            p, q = row.p[c, x] * row.total[x], row.q[c, x] * row.inside[x]
+            p, q = row.p[c, x] / row.total[x], row.q[c, x] / row.inside[x]
             entropy -= p * row.z[c, x]
             row.top[x] -= p * p
             row.second[x] -= q * q
@@ -353,7 +279,7 @@ def _between(meaning: Tables, row: Row) -> float:
             if meaning.coarse[c] == g:
                 for x in range(row.group.shape[0]):
                     row.group[x] += row.p[c, x]
-        _log(row.group, row.second, row.bits)
+        logarithm(row.group, row.second, row.bits)
         part = ZERO
         for x in range(row.group.shape[0]):
             part -= row.group[x] * row.second[x]
@@ -373,7 +299,7 @@ def _look(
     """The row of each map; returns how many pixels are foreground."""
     for x in range(target.shape[0]):
         prediction[x] = np.uint8(row.best[x])
-        confidence[x] = np.uint8(np.int32(np.float32(255) * row.total[x] + HALF))
+        confidence[x] = np.uint8(np.int32(np.float32(255) / row.total[x] + HALF))
     found = 0
     for x in range(target.shape[0]):
         foreground[x] = meaning.foreground[target[x], prediction[x]]
@@ -390,55 +316,3 @@ def _pull(row: Row, c: int, own: bool) -> None:
     else:
         for x in range(row.best.shape[0]):
             row.q[c, x] = row.p[c, x] - row.q[c, x]
-
-
-@compiled
-def _spread(values: Floats, weight: np.float32, out: Floats) -> None:
-    for x in range(values.shape[0]):
-        out[x] += weight * values[x]
-
-
-@compiled
-def _exp(values: Floats, top: Floats, out: Floats, bits: NDArray[np.int32]) -> None:
-    """Take `top` from values, none of which is higher, and the exponential of that; after Cephes' expf."""
-    for x in range(values.shape[0]):
-        values[x] -= top[x]
-        v = max(values[x], LOWEST)
-        n = np.floor(v * np.float32(1.44269504) + HALF)
-        r = v - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-        s = np.float32(1.9875691500e-4)
-        s = s * r + np.float32(1.3981999507e-3)
-        s = s * r + np.float32(8.3334519073e-3)
-        s = s * r + np.float32(4.1665795894e-2)
-        s = s * r + np.float32(1.6666665459e-1)
-        s = s * r + np.float32(5.0000001201e-1)
-        out[x] = s * r * r + r + ONE
-        bits[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
-    scale = bits.view(np.float32)
-    for x in range(values.shape[0]):
-        out[x] *= scale[x]
-
-
-@compiled
-def _log(values: Floats, out: Floats, bits: NDArray[np.int32]) -> None:
-    """Logarithm of positive normal numbers; after Cephes' logf."""
-    source, mantissa = values.view(np.int32), bits.view(np.float32)
-    for x in range(values.shape[0]):
-        # Exponent such that the mantissa lies around 1: between the roots of 1/2 and 2.
-        exponent = (source[x] - np.int32(0x3F3504F3)) >> np.int32(23)
-        bits[x] = source[x] - (exponent << np.int32(23))
-        out[x] = np.float32(exponent)
-    for x in range(values.shape[0]):
-        e, f = out[x], mantissa[x] - ONE
-        s = np.float32(7.0376836292e-2)
-        s = s * f - np.float32(1.1514610310e-1)
-        s = s * f + np.float32(1.1676998740e-1)
-        s = s * f - np.float32(1.2420140846e-1)
-        s = s * f + np.float32(1.4249322787e-1)
-        s = s * f - np.float32(1.6668057665e-1)
-        s = s * f + np.float32(2.0000714765e-1)
-        s = s * f - np.float32(2.4999993993e-1)
-        s = s * f + np.float32(3.3333331174e-1)
-        square = f * f
-        low = s * f * square + e * np.float32(-2.12194440e-4) - HALF * square
-        out[x] = f + low + e * np.float32(0.693359375)

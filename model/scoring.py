@@ -20,15 +20,17 @@ from model.classes import Classes
 from model.extras import View, extra
 from model.gradients import (
     gradient_embedding,
-    interpolation,
     label_variance,
     log_posteriors,
-    low_embedding,
     posteriors,
     squared_features,
 )
+from model.grids import embedding as embedding_of
+from model.grids import grid, looked_up, neighbour_products
+from model.grids import pooled as pooled_grid
 from model.network import Encoded, Network
-from model.pixels import Pixels, neighbour_products, walk
+from model.pixels import Pixels, walk
+from model.rows import axis
 from model.sketch import Sketch
 
 #: Below any probability that counts; its logarithm is finite.
@@ -129,6 +131,9 @@ class Scorer:
         folded = fold_batch_norms(copy.deepcopy(network).eval())
         #: The copy: batch norms folded, channels last.
         self.folded = folded.to(self._device).to(memory_format=torch.channels_last)
+        values = torch.arange(256).view(1, 1, 256, 1) / 255
+        # What the network makes of each value of each channel before its first layer.
+        self._colours = np.ascontiguousarray(((values - network.mean.cpu()) / network.std.cpu())[0, :, :, 0].T.numpy())
         self._sketch = None if layers == "last" else Sketch(self.folded, layers, self._sets)
         self._last = self.folded.last_layers()
         self._layers: list[Tensor] = []
@@ -137,8 +142,12 @@ class Scorer:
 
     def encode(self, image: NDArray[np.uint8]) -> Encoded:
         """What the backbone makes of an image (H, W, 3); as long as it does not change, `score` takes this instead."""
+        size = image.shape[0], image.shape[1]
         with torch.no_grad(), torch.autocast(self._device.type, enabled=self._device.type == "cuda"):
-            return Encoded(self.folded.encode(as_input(image, self._device)), (image.shape[0], image.shape[1]))
+            if self._device.type != "cpu":
+                return Encoded(self.folded.encode(as_input(image, self._device)), size)
+            ready = torch.from_numpy(looked_up(image, self._colours)).permute(2, 0, 1)[None]
+            return Encoded(self.folded.backbone()(ready), size)
 
     def score(self, image: NDArray[np.uint8] | Encoded, target: NDArray[np.integer]) -> ImageScore:
         """Score one image.
@@ -206,15 +215,15 @@ class Scorer:
             raise ValueError(NOT_FINITE)  # here, since comparisons below would pass over it
         layers = [layer[0] for layer in self._layers]
         rows = target.astype(np.uint8)
-        seen = walk(logits, rows, self.classes, neighbour_products(layers), len(layers))
-        across = interpolation(logits.shape[2], rows.shape[1], layers[0])
-        embedding = low_embedding(torch.from_numpy(seen.wide) @ across / rows.size, layers)
+        grids = [grid(layer) for layer in layers]
+        seen = walk(logits, rows, self.classes, neighbour_products(grids), len(grids))
+        vector = embedding_of(seen.wide, axis(logits.shape[2], rows.shape[1]), grids, rows.size)
         # Where any class is allowed the gradient is 0; the embedding is another one there.
-        magnitude = 0.0 if (rows == self.classes.any_row).all() else float(embedding.norm())
+        magnitude = 0.0 if (rows == self.classes.any_row).all() else float(np.linalg.norm(vector))
         return ImageScore(
             **finite(measures(seen, magnitude)),
-            embedding=embedding.numpy(),
-            features=pooled(backbone_output(encoded), torch.from_numpy(seen.maps.foreground)).numpy(),
+            embedding=vector,
+            features=pooled_grid(grid(backbone_output(encoded)), seen.maps.foreground),
             prediction=seen.maps.prediction,
             confidence=seen.maps.confidence,
         )

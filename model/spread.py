@@ -15,6 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 Floats = NDArray[np.floating]
 #: Places that are chosen one by one, each knowing those before it; the rest follows by utility.
 GREEDY = 300
+#: From this many images on the next choices are foreseen, so many at a time, among so many candidates.
+LARGE, AHEAD, CANDIDATES = 5000, 24, 512
 #: Neighbours that typicality looks at.
 NEIGHBOURS = 20
 #: Clusters of feature space at most; more would be single images.
@@ -44,26 +46,50 @@ def farthest_first(
 ) -> Farthest:
     """Greedy order by weight times distance (1 - largest cosine) to everything chosen before.
 
+    In a large pool the next choices are foreseen among the images now wanted most, and their cosines to all others are
+    taken in one matrix product: memory is walked through once for a dozen choices. A choice that was not foreseen ends
+    that and starts the next look ahead, so the order is the greedy one.
+
     Args:
         vectors: (N, E) of length one, or zero.
         seen: (M, E) already chosen.
         weight: (N,) not negative.
         rng: breaks ties.
-
-    Returns:
-        The order; `GREEDY` places one by one, the rest by the utility they then have.
+        places: how many are given one by one, the rest by the utility they then have.
     """
     size, nearest = len(vectors), largest_cosine(vectors, seen)
     novelty = np.clip(1 - nearest, 0, 2).astype(np.float64)
     tie, left, order = rng.permutation(size), np.ones(size, bool), list[int]()
-    for _ in range(min(size, places)):
-        order.append(highest(np.where(left, weight * novelty, -1), tie))
+    cosines = dict[int, NDArray[np.floating]]()
+    while len(order) < min(size, places):
+        wish = np.where(left, weight * novelty, -1)
+        order.append(highest(wish, tie))
+        if order[-1] not in cosines:
+            ahead = foreseen(vectors, nearest, weight, wish, order[-1])
+            cosines = dict(zip(ahead, vectors[ahead] @ vectors.T, strict=True))
         left[order[-1]] = False
-        np.maximum(nearest, vectors @ vectors[order[-1]], out=nearest)
+        np.maximum(nearest, cosines.pop(order[-1]), out=nearest)
         novelty[left] = np.clip(1 - nearest[left], 0, 2)
     rest, utility = np.flatnonzero(left), weight * novelty
     rest = rest[np.lexsort((tie[rest], utility[rest]))[::-1]]
     return Farthest(np.array([*order, *rest], np.intp), utility, novelty)
+
+
+def foreseen(vectors: Floats, nearest: Floats, weight: Floats, wish: Floats, first: int) -> list[int]:
+    """The next choices, as far as those decide that are wanted most now: `first` and up to `AHEAD` in all."""
+    if len(vectors) < LARGE:
+        return [first]
+    few = np.argpartition(wish, -CANDIDATES)[-CANDIDATES:]
+    if wish[few].min() == wish[first]:  # all are wanted alike, so far: nothing can be foreseen
+        return [first]
+    few = np.append(first, few[few != first])
+    near, cosines, chosen = nearest[few].astype(np.float64), vectors[few] @ vectors[few].T, [0]
+    while len(chosen) < AHEAD:
+        near = np.maximum(near, cosines[chosen[-1]])
+        hope = weight[few] * np.clip(1 - near, 0, 2)
+        hope[[*chosen]] = -1
+        chosen.append(int(hope.argmax()))
+    return [int(few[i]) for i in chosen]
 
 
 def highest(values: Floats, tie: NDArray[np.intp]) -> int:
