@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,27 @@ QUEUE_OF = {"train": GPU, "score": GPU}
 ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 #: Job states in which a job still has something to do.
 LIVE = {"queued", "started", "deferred", "scheduled", "ready"}
+
+
+#: Orders a list of job ids such that projects, whose number is in the id, take turns; within one the order stays.
+INTERLEAVE = """
+local ids = redis.call('LRANGE', KEYS[1], 0, -1)
+local jobs, names, most = {}, {}, 0
+for _, id in ipairs(ids) do
+  local name = string.match(id, '^[%a_]+%-(%d+)%-') or ''
+  if not jobs[name] then jobs[name] = {}; table.insert(names, name) end
+  table.insert(jobs[name], id)
+  most = math.max(most, #jobs[name])
+end
+if #names < 2 then return 0 end
+redis.call('DEL', KEYS[1])
+for turn = 1, most do
+  for _, name in ipairs(names) do
+    if jobs[name][turn] then redis.call('RPUSH', KEYS[1], jobs[name][turn]) end
+  end
+end
+return #names
+"""
 
 
 class Board:
@@ -164,6 +186,14 @@ class Board:
         """The rq queue of that name; payloads are JSON."""
         return Queue(name, connection=self.redis, serializer=JSONSerializer)
 
+    def waiting(self) -> bool:
+        """Whether a job waits for a worker."""
+        return any(self.redis.llen(self.queue(name).key) for name in (GPU, DEFAULT))
+
+    def interleave(self, queue: str) -> None:
+        """Have projects take turns in a queue: a small round does not wait for the shards of a large one."""
+        self.redis.eval(INTERLEAVE, 1, self.queue(queue).key)
+
     def enqueue(self, step: str, project: int, *args: Any, after: Sequence[Job] = (), job_id: str | None = None) -> Job:
         """Queue `backend.jobs.<step>(project, *args)`.
 
@@ -173,7 +203,7 @@ class Board:
         job = self.queue(QUEUE_OF.get(step, DEFAULT)).enqueue(
             f"backend.jobs.{step}",
             args=(project, *args),
-            job_id=job_id,
+            job_id=job_id or f"{step}-{project}-{uuid.uuid4().hex}",
             job_timeout=TIMEOUTS.get(step, TIMEOUT),
             result_ttl=KEEP_RESULT,
             failure_ttl=KEEP_FAILURE,

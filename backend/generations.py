@@ -13,10 +13,13 @@ from typing import Any
 
 from backend.connection import OURS, credentials, our_backend
 from backend.context import Context
+from backend.enqueue import progress
 from backend.project import HEAD, Project
 
 #: Rank predictions, and versions that `/setup` names, start like this and end in the round's number.
 QUEUE, VERSION = "first-row", "seg"
+#: A version of at most this many predictions is deleted at once; others by so many tasks at a time.
+AT_ONCE, PAGE = 200, 20
 #: Seconds that prelabels of served tasks are kept; Label Studio holds a task for a person for a day.
 KEEP_PRELABELS = 2 * 24 * 3600
 #: Seconds that a superseded order is kept, for people who opened one of its tasks from the Data Manager ...
@@ -30,16 +33,20 @@ def queue_name(number: int) -> str:
     return f"{QUEUE}-{number}"
 
 
-def remember(project: Project, number: int, tasks: Sequence[int]) -> None:
+def remember(project: Project, number: int, tasks: Sequence[int], queue: str) -> None:
     """Keep when an order was published, and which tasks are its head.
 
     Args:
         project: whose order it is.
         number: the round.
         tasks: in their order.
+        queue: version of its predictions; that of an earlier round, whose head only changed, outlives that round.
     """
-    known = history(project)
-    known[str(number)] = {"published": time.time(), "head": list(tasks[:HEAD])}
+    known, head = history(project), list(tasks[:HEAD])
+    known[str(number)] = {"published": time.time(), "head": head}
+    first = queue.rpartition("-")[2]
+    before = known.get(first, {}).get("head", [])
+    known[first] = {"published": time.time(), "head": [*before, *(task for task in head if task not in before)]}
     project.store.write_json(project.key("generations.json"), known)
 
 
@@ -54,20 +61,61 @@ def clean_generations(ctx: Context, project: Project) -> None:
     Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
     name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
     """
-    current, known = int(project.state().get("round", 0)), history(project)
+    state, known = project.state(), history(project)
+    current = int(state.get("round", 0))
     mine = set(project.extra().get("before", {}).get("versions", []))
     versions = {v: n for v, n in ctx.studio.versions(project.id).items() if OURS.fullmatch(v) and v not in mine}
     rounds = {version: int(version.rpartition("-")[2]) for version in versions}
     for number in {number for number in rounds.values() if number < current and str(number) not in known}:
         known[str(number)] = {"published": time.time(), "head": []}  # the store was lost: count from now
-    old = {version: number for version, number in rounds.items() if number < current}
+    old = {v: number for v, number in rounds.items() if number < current and v != state.get("queue")}
     for version in expired(old, versions, known):
-        release_head(ctx, project, version, known[str(old[version])]["head"])
-        ctx.studio.delete_version(project.id, version)
+        entry = known[str(old[version])]
+        release_head(ctx, project, version, entry["head"])
+        if not remove(ctx, project, version, versions[version], entry):
+            break
     left = {number for version, number in rounds.items() if version in ctx.studio.versions(project.id)}
     kept = {number: entry for number, entry in known.items() if int(number) in left | {current}}
     project.store.write_json(project.key("generations.json"), kept)
     take_name(ctx, project)
+
+
+def unfinished(project: Project) -> bool:
+    """Whether a removal gave way to something more urgent."""
+    return any("removed" in entry for entry in history(project).values())
+
+
+def remove(ctx: Context, project: Project, version: str, size: int, entry: dict[str, Any]) -> bool:
+    """Delete the predictions of a version without anybody waiting for it.
+
+    Deleting a version at once locks Label Studio's SQLite for 5 ms per prediction, and after 5 s people's submits fail.
+    So a large one goes prediction by prediction, and gives way to any job that waits.
+
+    Args:
+        ctx: where Label Studio is.
+        project: whose version it is.
+        version: its name.
+        size: its predictions.
+        entry: of `history`; keeps up to which task the removal came, under `removed`.
+
+    Returns:
+        Whether all are gone; else a later call goes on.
+    """
+    if size > AT_ONCE:
+        ids = [task for task in sorted(project.index()) if task > entry.get("removed", 0)]
+        for start in range(0, len(ids), PAGE):
+            page = ids[start : start + PAGE]
+            for task in ctx.studio.full_tasks(project.id, page):
+                for prediction in task.get("predictions") or []:
+                    if prediction.get("model_version") == version:
+                        ctx.studio.delete_prediction(int(prediction["id"]))
+            entry["removed"] = page[-1]
+            progress(min(start + PAGE, len(ids)), len(ids))
+            if ctx.board.waiting():
+                return False
+    entry.pop("removed", None)
+    ctx.studio.delete_version(project.id, version)  # what is left: of tasks we do not know
+    return True
 
 
 def expired(old: Mapping[str, int], sizes: Mapping[str, int], known: Mapping[str, Any]) -> list[str]:

@@ -17,14 +17,14 @@ from backend.connection import our_backend
 from backend.context import Context, context
 from backend.enqueue import progress
 from backend.errors import FirstRowError, LabelStudioError
-from backend.generations import clean_generations
+from backend.generations import clean_generations, unfinished
 from backend.learn import train_round, untrained_labels
-from backend.prepare import clusters_name, codebook_is_stale, count_votes, prepare_task
+from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from backend.publish import call_back, in_force, publish_order
 from backend.rank import rank
-from backend.score import read_scores, score_tasks, scores_key
+from backend.score import score_tasks, scored, scores_key
 from backend.sync import listing, refresh_config, sync
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,12 @@ def start_round(ctx: Context, project: Project) -> None:
     if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
         after = [ctx.board.enqueue("fit_codebook", project.id)]
     again = {r.id for r in index.values() if r.error} if forced else set()
-    todo = sorted(read | again | {r.id for r in index.values() if r.in_pool and not ready(ctx, project, r)})
-    shards = [
-        ctx.board.enqueue("prepare", project.id, number, n, ids, sorted((read | again) & set(ids)), after=after)
-        for n, ids in enumerate(split(todo, PREPARE_SHARD))
-    ]
+    todo = sorted(read | again | unready(ctx, project, index))
+    shards = []
+    for n, ids in enumerate(split(todo, PREPARE_SHARD)):
+        records = [index.get(task, TaskRecord(task)) for task in ids]
+        project.save_shard("prepare", number, n, records, read=sorted((read | again) & set(ids)))
+        shards.append(ctx.board.enqueue("prepare", project.id, number, n, after=after))
     ctx.board.enqueue("plan_round", project.id, number, forced, after=[*after, *shards])
 
 
@@ -80,13 +81,14 @@ def fit_codebook(ctx: Context, project: Project) -> None:
 
 
 @step
-def prepare(ctx: Context, project: Project, number: int, shard: int, ids: list[int], read: list[int]) -> None:
+def prepare(ctx: Context, project: Project, number: int, shard: int) -> None:
     """Read labels and make cluster maps of one shard; its records wait for `plan_round`."""
-    index, config, found = project.index(), project.config(), []
-    for done, task in enumerate(ids):
-        record = prepare_task(ctx, project, config, index.get(task, TaskRecord(task)), task in set(read))
-        found.append({"id": task, "gone": True} if record is None else record.to_json())
-        progress(done + 1, len(ids))
+    (records, said), config, found = project.shard("prepare", number, shard), project.config(), []
+    read = set(said.get("read", ()))
+    for done, old in enumerate(records):
+        record = prepare_task(ctx, project, config, old, old.id in read)
+        found.append({"id": old.id, "gone": True} if record is None else record.to_json())
+        progress(done + 1, len(records))
     project.store.write_json(project.key("prepared", number, f"{shard}.json"), found)
 
 
@@ -118,10 +120,9 @@ def plan_scores(ctx: Context, project: Project, number: int) -> None:
 
 
 @step
-def score(ctx: Context, project: Project, number: int, ids: list[int]) -> None:
+def score(ctx: Context, project: Project, number: int, shard: int) -> None:
     """Score one shard of the pool."""
-    index = project.index()
-    score_tasks(ctx, project, [index[i] for i in ids if i in index], project.config())
+    score_tasks(ctx, project, project.shard("score", number, shard)[0], project.config())
 
 
 @step
@@ -170,6 +171,8 @@ def reconcile(ctx: Context, project: Project) -> None:
         return
     if read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
         ctx.board.request_round(project.id, "reconcile")
+    elif unfinished(project) and not ctx.board.waiting():
+        ctx.board.enqueue("clean", project.id)
 
 
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:
@@ -178,25 +181,28 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
     A round in which nothing changed ends here: the order in force is the one it would publish.
     """
     config = project.config()
-    scores = read_scores(ctx, project, config, index)
-    have = set(scores.rows)
+    have = scored(ctx, project, config, index)
     todo = [r.id for r in [*pool(index), *labelled(index)] if r.id not in have and not r.error]
     if not todo and in_force(ctx, project, index, config):
         ctx.board.finish(project.id)
         return
-    shards = [ctx.board.enqueue("score", project.id, number, ids) for ids in split(todo, SCORE_SHARD)]
+    shards = []
+    for n, ids in enumerate(split(todo, SCORE_SHARD)):
+        project.save_shard("score", number, n, [index[task] for task in ids])
+        shards.append(ctx.board.enqueue("score", project.id, number, n))
     ctx.board.enqueue("publish", project.id, number, after=shards)
 
 
 def clean_store(ctx: Context, project: Project) -> None:
     """Delete scores, masks and maps that no longer compare with anything, and records taken in long ago."""
     # Listed before the names are looked up: what a round beside us writes meanwhile is not in the list.
-    found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared")}
+    found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared", "shards")}
     config, number = project.config(), int(project.state().get("round", 0))
     keep = {
         "scores": {scores_key(ctx, project, config)},
         "clusters": {clusters_name(ctx, project)},
         "prepared": {str(n) for n in range(number, number + 3)},
+        "shards": {str(n) for n in range(number, number + 3)},
     }
     for folder, names in keep.items():
         for key in found[folder]:
@@ -222,12 +228,12 @@ def next_number(ctx: Context, project: Project) -> int:
     return max(seen) + 1
 
 
-def ready(ctx: Context, project: Project, record: TaskRecord) -> bool:
-    """Whether a pool task has all that ranking needs, or was found unusable for a reason that has not changed."""
-    if record.error:
-        return True
+def unready(ctx: Context, project: Project, index: Index) -> set[int]:
+    """Pool tasks that lack what ranking needs, but for those found unusable for a reason that has not changed."""
     clusters = clusters_name(ctx, project)
-    return record.size != (0, 0) and bool(clusters) and project.store.exists(project.cluster_key(clusters, record.id))
+    maps = set(project.store.list(project.key("clusters", clusters))) if clusters else set()
+    wanted = (r for r in index.values() if r.in_pool and not r.error)
+    return {r.id for r in wanted if not has_map(r, clusters) or project.cluster_key(clusters, r.id) not in maps}
 
 
 def split(ids: Sequence[int], size: int) -> list[list[int]]:

@@ -71,7 +71,7 @@ def prepare_task(
             return found
         record = found
     clusters = clusters_name(ctx, project)
-    if not clusters or (record.size != (0, 0) and project.store.exists(project.cluster_key(clusters, record.id))):
+    if not clusters or (has_map(record, clusters) and project.store.exists(project.cluster_key(clusters, record.id))):
         return record
     try:
         return cluster_task(ctx, project, record, clusters)
@@ -93,8 +93,14 @@ def cluster_task(ctx: Context, project: Project, record: TaskRecord, clusters: s
     image, size = ctx.images(project.id).get(project.id, record.id, record.image)
     book = project.codebook() if ctx.settings.clusters == "codebook" else None
     book = book or fit_image(image, DEFAULT_K, np.random.default_rng(record.id))
-    project.store.write_map(project.cluster_key(clusters, record.id), cluster_map(image, book))
-    return replace(record, size=size)
+    labels = cluster_map(image, book)
+    project.store.write_map(project.cluster_key(clusters, record.id), labels)
+    return replace(record, size=size, clusters=clusters, counts=count_clusters(labels))
+
+
+def has_map(record: TaskRecord, clusters: str) -> bool:
+    """Whether its record says that a task has a cluster map of these clusters."""
+    return record.size != (0, 0) and record.clusters == clusters
 
 
 def count_votes(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> NDArray[np.uint8]:
@@ -149,15 +155,13 @@ def target_of(
     return np.asarray(pseudo_ground_truth(labels, decided, project.own_coarse(record), config.classes), np.uint8)
 
 
-def histograms(project: Project, records: Iterable[TaskRecord], clusters: str) -> NDArray[np.int64]:
+def histograms(records: Iterable[TaskRecord], clusters: str) -> NDArray[np.int64]:
     """(T, k) pixels of each cluster in each task; zeros where a task has no cluster map."""
-    rows = []
-    for record in records:
-        labels = project.store.read_map(project.cluster_key(clusters, record.id))
-        rows.append(np.zeros(DEFAULT_K, np.int64) if labels is None else count_clusters(labels))
+    nothing = (0,) * DEFAULT_K
+    rows = [record.counts if record.clusters == clusters else nothing for record in records]
     return np.array(rows, np.int64).reshape(-1, DEFAULT_K)
 
 
-def count_clusters(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
+def count_clusters(labels: NDArray[np.uint8]) -> tuple[int, ...]:
     """(k,) pixels of each cluster in a cluster map."""
-    return np.bincount(labels.ravel(), minlength=DEFAULT_K)[:DEFAULT_K]
+    return tuple(np.bincount(labels.ravel(), minlength=DEFAULT_K)[:DEFAULT_K].tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +36,8 @@ class TaskRecord:
         size: width and height of the original image in pixels, (0, 0) until it was read.
         error: why this task takes no part, in a sentence; empty when all is well.
         coarse: whether there is a coarse mask in the store.
+        clusters: names the clusters of its cluster map, empty before there is one.
+        counts: pixels of each cluster in that map.
     """
 
     id: int
@@ -47,15 +49,17 @@ class TaskRecord:
     size: tuple[int, int] = (0, 0)
     error: str = ""
     coarse: bool = False
+    clusters: str = ""
+    counts: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the store."""
-        return asdict(self)
+        return dict(vars(self))  # ten times as fast as dataclasses.asdict, and there may be 100,000 of them
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TaskRecord:
         """The inverse of `to_json`."""
-        return cls(**{**row, "size": tuple(row["size"])})
+        return cls(**{**row, "size": tuple(row["size"]), "counts": tuple(row.get("counts", ()))})
 
     @property
     def labelled(self) -> bool:
@@ -114,6 +118,16 @@ class Project:
         """Replace the index."""
         self.store.write_json(self.key("index.json"), [index[i].to_json() for i in sorted(index)])
 
+    def save_shard(self, step: str, number: int, shard: int, records: Iterable[TaskRecord], **more: Any) -> None:
+        """Leave the tasks of one job where the job finds them: it need not read those of all others."""
+        rows = [record.to_json() for record in records]
+        self.store.write_json(self.key("shards", number, f"{step}-{shard}.json"), {"tasks": rows, **more})
+
+    def shard(self, step: str, number: int, shard: int) -> tuple[list[TaskRecord], dict[str, Any]]:
+        """What `save_shard` left: tasks, and what else was said; nothing when the round is long over."""
+        saved = dict(self.store.read_json(self.key("shards", number, f"{step}-{shard}.json")) or {"tasks": []})
+        return [TaskRecord.from_json(row) for row in saved.pop("tasks")], saved
+
     def codebook(self) -> Codebook | None:
         """The pool's clusters, None before the first fit."""
         saved = self.store.read_json(self.key("codebook.json"))
@@ -152,7 +166,7 @@ class Project:
 
     def forget_order(self) -> None:
         """The project has no order of ours any more (detach); models, maps and scores stay for another time."""
-        for name in ("state.json", "ranking.json", "generations.json"):
+        for name in ("state.json", "ranking.json", "generations.json", "served.json"):
             self.store.delete(self.key(name))
 
     def decided(self) -> NDArray[np.uint8]:

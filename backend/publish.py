@@ -6,7 +6,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from backend.connection import our_backend, signed
@@ -23,8 +24,11 @@ from backend.score import scores_key
 
 log = logging.getLogger(__name__)
 
-#: Predictions per request: well below Label Studio's request limit, even with prelabels for the head.
-CHUNK = 5000
+#: Predictions per request. Label Studio counts all tasks of the project anew after each import, however small: 8 s for
+#: 10,000 tasks, so few large requests; this many stay below its limit, with prelabels for the head.
+CHUNK = 50_000
+#: Orders of more places than this are changed at their head, and imported anew after so many changes.
+SMALL, CHANGES = 500, 50
 
 
 def publish_order(
@@ -44,16 +48,82 @@ def publish_order(
             f"project {project.id} has no ML backend at {ctx.settings.url}: "
             f"run `firstrow attach --project {project.id}`"
         )
+    served = standing(ctx, project, places)
     state = new_state(ctx, project, index, config, places, number)
+    if served is not None:
+        state["queue"] = served["queue"]
     ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
     project.store.write_json(project.key("state.json"), state)
-    if places:
+    if served is not None:
+        move_head(ctx, project, config, places, state, served)
+    elif places:
         send(ctx, project, config, places, state)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
-    remember(project, number, [place.task for place in places])
-    project.store.write_json(project.key("ranking.json"), [asdict(place) for place in places])
+        tasks = [place.task for place in places]
+        project.store.write_json(project.key("served.json"), {"queue": state["queue"], "tasks": tasks, "changes": 0})
+    remember(project, number, [place.task for place in places], state["queue"])
+    project.store.write_json(project.key("ranking.json"), [dict(vars(place)) for place in places])
     return state
+
+
+def standing(ctx: Context, project: Project, places: Sequence[Place]) -> dict[str, Any] | None:
+    """The large order that Label Studio serves now, if changing its head is enough to serve these places; else None.
+
+    Label Studio sorts a task by the lowest score among its predictions of the version in force. So one small prediction
+    more takes a task to the front, and the thousands behind it stay as they are until `CHANGES` heads have changed.
+    """
+    served = project.store.read_json(project.key("served.json")) or {}
+    if len(places) <= SMALL or served.get("changes", CHANGES) >= CHANGES:
+        return None
+    if not {place.task for place in places} <= set(served["tasks"]):
+        return None  # a task without a place would never be served
+    ours = ctx.studio.project(project.id).get("model_version") == served["queue"]
+    return served if ours else None
+
+
+def move_head(
+    ctx: Context,
+    project: Project,
+    config: ProjectConfig,
+    places: Sequence[Place],
+    state: dict[str, Any],
+    served: dict[str, Any],
+) -> None:
+    """Bring the first places to the front of the order in force, by as few predictions as that takes."""
+    wanted = {place.task for place in places}
+    order = [task for task in served["tasks"] if task in wanted]
+    head = moved([place.task for place in places[:HEAD]], order)
+    # Counted before anything is sent: after a death in between these scores are not used for another head.
+    served = {**served, "changes": served["changes"] + bool(head)}
+    project.store.write_json(project.key("served.json"), served)
+    for position, task in enumerate(head):  # the first one first: it is what the next person gets
+        result = regions(project, config, task, state)
+        score = head_score(served["changes"], position)
+        ctx.studio.create_prediction(task, result, served["queue"], score)
+    first = set(head)
+    served["tasks"] = head + [task for task in order if task not in first]
+    project.store.write_json(project.key("served.json"), served)
+
+
+def moved(head: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The shortest beginning of a head that must be brought to the front of an order for it to begin with the head."""
+    for size in range(len(head)):
+        first = set(head[:size])
+        rest = (task for task in order if task not in first)
+        if list(islice(rest, len(head) - size)) == list(head[size:]):
+            return list(head[:size])
+    return list(head)
+
+
+def head_score(change: int, position: int) -> float:
+    """The score of a place in the `change`-th head (1 to `CHANGES`), 0 to 0.5: lower than in all heads before."""
+    return 0.5 * (CHANGES - change + position / HEAD) / CHANGES
+
+
+def full_score(position: int, places: int) -> float:
+    """The score of a place when a whole order is imported; large ones leave room for heads before them."""
+    return position / places if places <= SMALL else 0.5 + 0.5 * position / places
 
 
 def new_state(
@@ -105,7 +175,7 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
     rows = []
     for position, place in enumerate(places):
         result = regions(project, config, place.task, state) if position < HEAD else []
-        score = position / len(places)
+        score = full_score(position, len(places))
         rows.append({"task": place.task, "result": result, "score": score, "model_version": state["queue"]})
     delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
     for start in range(0, len(rows), CHUNK):

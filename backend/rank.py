@@ -102,7 +102,7 @@ def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectCon
     if config.coarse is None or not clusters:
         return []
     everyone = [index[i] for i in sorted(index) if not index[i].error]
-    counts = histograms(project, everyone, clusters)
+    counts = histograms(everyone, clusters)
     wanted = coarse_wanted(ctx, everyone, counts, project.decided())
     if not wanted:
         return []

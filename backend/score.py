@@ -113,6 +113,15 @@ class Scores:
         return self.columns[[self.rows[t] for t in tasks], COLUMNS.index(name)]
 
 
+def scored(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> set[int]:
+    """Tasks that have a score that may be compared now; reads no embedding."""
+    found = set()
+    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
+        part = project.store.read_arrays(key, ("task", "version")) or {"task": (), "version": ()}
+        found |= {(int(t), str(v)) for t, v in zip(part["task"], part["version"], strict=True)}
+    return {task for task, version in found if task in index and index[task].version == version}
+
+
 def read_scores(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> Scores:
     """All scores that may be compared now, of tasks whose labels are still as they were when scored."""
     parts: list[dict[str, NDArray[Any]]] = []

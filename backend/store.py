@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -114,14 +114,14 @@ class Store:
         """Keep a value; numpy numbers and arrays are fine, NaN becomes null."""
         self.write(key, orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
 
-    def read_arrays(self, key: str) -> dict[str, NDArray[Any]] | None:
-        """Named arrays, None when there are none."""
+    def read_arrays(self, key: str, names: Collection[str] | None = None) -> dict[str, NDArray[Any]] | None:
+        """Named arrays, those of these names alone or all; None when there are none."""
         data = self.read(key)
         if data is None:
             return None
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                return dict(file)
+                return {name: file[name] for name in file.files if names is None or name in names}
         except (ValueError, EOFError, OSError, BadZipFile) as error:
             raise self._damaged(key) from error
 

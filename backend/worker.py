@@ -64,6 +64,12 @@ class ResidentWorker(SimpleWorker):
         )
         self.board, self.reconcile = board, reconcile
 
+    def dequeue_job_and_maintain_ttl(self, *args: Any, **more: Any) -> Any:
+        """Take the next job, after projects were given their turns."""
+        for queue in self.queues:
+            self.board.interleave(queue.name)
+        return super().dequeue_job_and_maintain_ttl(*args, **more)
+
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job, with a line in the log as it starts and ends."""
         name, start = f"{job.description} ({job.id})", time.monotonic()

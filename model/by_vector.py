@@ -15,6 +15,7 @@ from model.spread import (
     farthest_first,
     highest,
     joint_rank,
+    projected,
     standardised,
     typicality,
     unit,
@@ -49,6 +50,8 @@ def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
     if size < 2:
         return from_order(np.arange(size), {"typicality": np.zeros(size)})
     features, labelled = standardised(pool.features, pool.labelled_features)
+    if size > COVERED:
+        features, labelled = projected(features), projected(labelled)
     sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     typical = typicality(features, features[sample])
     first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
@@ -110,8 +113,10 @@ def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Genera
         The first `PLACES` know each other; the rest follows by typicality and wishes.
     """
     size, order = len(pool), list[int]()
-    features = pool.features.astype(np.float64)
+    features: Floats = pool.features.astype(np.float64)
     labelled: Floats = pool.labelled_features.astype(np.float64).reshape(-1, features.shape[1] or 1)
+    if size > COVERED:
+        features, labelled = projected(features), projected(labelled)
     if len(labelled) > COVERED:
         labelled = labelled[rng.choice(len(labelled), COVERED, replace=False)]
     rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
