@@ -15,6 +15,7 @@ from rich.console import Console
 from backend import cli_bench
 from backend.cli_bench import positive
 from backend.errors import FirstRowError
+from backend.perf import GROUPS
 from backend.settings import Settings
 
 EPILOG = (
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _detach(commands.add_parser("detach", help="put back what was there before attach"))
     _status(commands.add_parser("status", help="stages, round, jobs, head of the queue, last error"))
     cli_bench.add(commands.add_parser("bench", help="learning curves of query strategies on pixel-labelled folders"))
+    _perf(commands.add_parser("perf", help="how fast this machine is at it, as ratios measured side by side"))
     secret = commands.add_parser("secret", help="print the secret to enter as Basic auth password (user firstrow)")
     secret.set_defaults(run=_run_secret)
     return parser
@@ -100,6 +102,13 @@ def _status(parser: argparse.ArgumentParser) -> None:
     _project(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_run_status)
+
+
+def _perf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="a line per item: name, ratio, target, base, device")
+    groups = ",".join(GROUPS)
+    parser.add_argument("--only", type=_groups_of_perf, default=GROUPS, metavar="A,B", help=f"(default: {groups})")
+    parser.set_defaults(run=_run_perf)
 
 
 def _project(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +174,12 @@ def _run_status(given: argparse.Namespace) -> None:
         show(found, Console())
 
 
+def _run_perf(given: argparse.Namespace) -> int:
+    from backend import perf
+
+    return perf.run(given.only, given.json)
+
+
 def _run_secret(given: argparse.Namespace) -> None:
     _say(_settings(quiet=True).secret_value())
 
@@ -187,6 +202,13 @@ def _group(text: str) -> tuple[str, list[str]]:
     if not (name.strip() and equals and found):
         raise argparse.ArgumentTypeError(f"{text!r} is not COARSE=FINE,FINE")
     return name.strip(), found
+
+
+def _groups_of_perf(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if set(names) - set(GROUPS):
+        raise argparse.ArgumentTypeError(f"of {', '.join(GROUPS)}, with a comma between")
+    return names
 
 
 def _queues(text: str) -> str:

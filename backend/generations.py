@@ -102,17 +102,18 @@ def remove(ctx: Context, project: Project, version: str, size: int, entry: dict[
         Whether all are gone; else a later call goes on.
     """
     if size > AT_ONCE:
-        ids = [task for task in sorted(project.index()) if task > entry.get("removed", 0)]
+        entry.setdefault("removed", 0)
+        ids = [task for task in sorted(project.index()) if task > entry["removed"]]
         for start in range(0, len(ids), PAGE):
             page = ids[start : start + PAGE]
             for task in ctx.studio.full_tasks(project.id, page):
                 for prediction in task.get("predictions") or []:
                     if prediction.get("model_version") == version:
+                        if ctx.board.waiting():
+                            return False
                         ctx.studio.delete_prediction(int(prediction["id"]))
             entry["removed"] = page[-1]
             progress(min(start + PAGE, len(ids)), len(ids))
-            if ctx.board.waiting():
-                return False
     entry.pop("removed", None)
     ctx.studio.delete_version(project.id, version)  # what is left: of tasks we do not know
     return True

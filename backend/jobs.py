@@ -130,8 +130,9 @@ def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
     index, config = project.index(), project.config()
     places = rank(ctx, project, index, config)
-    if places:
-        index = call_back(ctx, project, index, places)
+    called = call_back(ctx, project, index, places)
+    if called != index:
+        index = called
         project.save_index(index)
     publish_order(ctx, project, index, config, places, number)
     ctx.board.finish(project.id)

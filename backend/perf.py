@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from rich.table import Table
 
 #: Rounds of each comparison; what takes seconds gets fewer.
 ROUNDS = 15
+#: What can be measured by itself.
+GROUPS = ("scoring", "images", "queue", "studio")
 Call = Callable[[], object]
 
 
@@ -117,9 +121,9 @@ def _cpuinfo() -> list[str]:
 
 def measure(groups: Sequence[str]) -> Iterator[Item]:
     """The items of some groups, as they come."""
-    from backend import perf_images, perf_queue, perf_scoring
+    from backend import perf_images, perf_queue, perf_scoring, perf_studio
 
-    known = {"scoring": perf_scoring.items, "images": perf_images.items, "queue": perf_queue.items}
+    known = dict(zip(GROUPS, (perf_scoring.items, perf_images.items, perf_queue.items, perf_studio.items), strict=True))
     for group in groups:
         yield from known[group]()
 
@@ -140,8 +144,6 @@ def run(groups: Sequence[str], as_json: bool) -> int:
     Returns:
         The exit status: 0, or that of a child that failed. A missed target is a figure and not a fault.
     """
-    import os
-
     from backend.supervisor import child_environment
 
     command = [sys.executable, "-m", "backend.perf", *groups]
@@ -152,15 +154,20 @@ def run(groups: Sequence[str], as_json: bool) -> int:
     ):
         task = bar.add_task("measuring", total=None)
         for line in child.stdout or ():
-            item = Item(**{key: math.nan if value is None else value for key, value in json.loads(line).items()})
-            found.append(item)
-            bar.update(task, description=f"measured {item.name}")
+            found.append(read(line))
+            bar.update(task, description=f"measured {found[-1].name}")
             if as_json:
                 sys.stdout.write(line)
                 sys.stdout.flush()
     if not as_json:
         Console().print(table(found))
     return child.returncode
+
+
+def read(line: str) -> Item:
+    """An item from its line of JSON, which has null for what could not be measured."""
+    row: dict[str, Any] = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+    return Item(**row)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,16 @@ def select_items() -> Iterator[Item]:
     none, weight = np.zeros((0, 512), np.float32), np.ones(len(vectors))
     for places, target in ((100, 0.50), (300, 0.45)):
         calls: dict[str, Callable[[], object]] = {
-            "select": lambda places=places: farthest_first(vectors, none, weight, np.random.default_rng(0), places),
-            "matvec": lambda places=places: [vectors @ vectors[i] for i in range(places)],
+            "select": partial(farthest_first, vectors, none, weight, np.random.default_rng(0), places),
+            "matvec": partial(products, vectors, places),
         }
         times = compare(calls, 5, processor())
         yield times.item(f"select/matvec {places}", target, "select", "matvec", f"{places} matrix-vector products")
+
+
+def products(vectors: NDArray[np.float32], count: int) -> object:
+    """As many matrix-vector products."""
+    return [vectors @ vectors[place] for place in range(count)]
 
 
 def clustered(size: int, width: int) -> NDArray[np.float32]:

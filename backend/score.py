@@ -34,6 +34,7 @@ COLUMNS = NUMBERS
 @lru_cache(maxsize=2)
 def scorer(ctx: Context, project: Project, key: str, classes: Classes) -> Scorer:
     """The network of that name, ready to score: loaded once per worker and version."""
+    log.info("project %d: network loaded: %s", project.id, key)
     return Scorer(load_network(ctx, project, classes)[0], classes, device(), extras(ctx))
 
 
@@ -117,8 +118,9 @@ def scored(ctx: Context, project: Project, config: ProjectConfig, index: Index) 
     """Tasks that have a score that may be compared now; reads no embedding."""
     found = set()
     for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
-        part = project.store.read_arrays(key, ("task", "version")) or {"task": (), "version": ()}
-        found |= {(int(t), str(v)) for t, v in zip(part["task"], part["version"], strict=True)}
+        part = project.store.read_arrays(key, ("task", "version"))
+        if part is not None:
+            found |= {(int(t), str(v)) for t, v in zip(part["task"], part["version"], strict=True)}
     return {task for task, version in found if task in index and index[task].version == version}
 
 

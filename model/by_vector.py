@@ -9,6 +9,7 @@ import numpy as np
 from model.pool import Floats, Pool, Ranking, by_utility, followed, from_order
 from model.spread import (
     GREEDY,
+    NEAR,
     best_of_uncovered,
     cover,
     distances,
@@ -122,7 +123,9 @@ def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Genera
     rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     for _ in range(min(len(rows), PLACES)):
         order.append(best_of_uncovered(features[rows], labelled, order, [wish[rows] for wish in wishes], rng))
-    typical = typicality(features, features[rows]) if len(rows) > 1 else np.zeros(len(rows))
+    # What follows is far from being served: in large pools a sample of neighbours tells it well enough.
+    near = features[rows if size <= COVERED else rows[:: COVERED // NEAR]]
+    typical = typicality(features, near) if len(rows) > 1 else np.zeros(len(rows))
     rest = by_utility(joint_rank([typical, *wishes]), {}, rng).order
     return from_order(followed(rows[order], rest), {"typicality": typical})
 

@@ -75,12 +75,13 @@ def features(image: Image) -> Floats:
         (H * W, 4) float32; L and a, b in CIE units, excess green (2G - R - B) in the same range.
     """
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    red, green, blue, _ = cv2.mean(image)
+    red, green, blue = np.array(cv2.mean(image)).tolist()[:3]
     # The mean of excess green is the excess green of the mean. Not numpy's mean: in float32 it loses digits.
-    mean = np.array([*cv2.mean(lab)[:3], EXCESS * (2 * green - red - blue)])
+    mean = np.array([*np.array(cv2.mean(lab))[:3], EXCESS * (2 * green - red - blue)])
     found = np.empty((lab.shape[0] * lab.shape[1], 4), np.float32)
-    flat, colours, part = lab.reshape(-1, 3), image.reshape(-1, 3), (CENTRING * mean).astype(np.float32)
-    in_slabs(lambda start, stop: _features(start, stop, flat, colours, part, found), len(found))
+    part: Floats = np.asarray(CENTRING * mean, np.float32)
+    flat: Floats = np.asarray(lab, np.float32).reshape(-1, 3)
+    in_slabs(lambda start, stop: _features(start, stop, flat, image.reshape(-1, 3), part, found), len(found))
     return found
 
 
@@ -210,6 +211,7 @@ def _pieces(labels: NDArray[np.integer], found: NDArray[np.int32]) -> None:
     height, width = labels.shape
     parent = np.empty(height * width, np.int32)  # of provisional numbers; the lowest one is the root
     count = 0
+    number: Any
     for y in range(height):
         for x in range(width):
             label = labels[y, x]
@@ -230,11 +232,11 @@ def _pieces(labels: NDArray[np.integer], found: NDArray[np.int32]) -> None:
                 parent[count] = number
                 count += 1
             found[y, x] = number
-    final = 0
+    final = np.int32(0)
     for number in range(count):  # roots come before those that joined them
         if parent[number] == number:
             parent[number] = final
-            final += 1
+            final += np.int32(1)
         else:
             parent[number] = parent[parent[number]]
     for y in range(height):
@@ -243,7 +245,7 @@ def _pieces(labels: NDArray[np.integer], found: NDArray[np.int32]) -> None:
 
 
 @compiled
-def _joined(parent: NDArray[np.int32], one: int, other: int) -> np.int32:
+def _joined(parent: NDArray[np.int32], one: Any, other: Any) -> Any:
     """The common root of two pieces that touch."""
     while parent[one] != one:
         parent[one] = parent[parent[one]]
@@ -254,7 +256,7 @@ def _joined(parent: NDArray[np.int32], one: int, other: int) -> np.int32:
     root = min(one, other)
     parent[one] = root
     parent[other] = root
-    return np.int32(root)
+    return root
 
 
 def vegetation_guess(image: Image, clusters: NDArray[np.uint8], k: int) -> NDArray[np.float64] | None:

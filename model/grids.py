@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ def neighbour_products(grids: Sequence[Floats]) -> Products:
     """Inner products of neighbours, summed over all last layers' inputs, (h, w, D) each."""
     found = Products(*(np.zeros(grids[0].shape[:2], np.float32) for _ in Products._fields))
     for one in grids:
-        in_slabs(lambda start, stop, one=one: _products(start, stop, one, found), len(one))
+        in_slabs(partial(_products, grid=one, found=found), len(one))
     return found
 
 
@@ -50,9 +51,9 @@ def embedding(wide: Floats, across: Axis, grids: Sequence[Floats], pixels: int) 
     in_slabs(lambda start, stop: _narrow(start, stop, wide, across, low), wide.shape[1])
     bias = low.sum((1, 2), dtype=np.float64)
     for one in grids:
-        outer = in_slabs(lambda start, stop, one=one: _outer(start, stop, low, one), len(one))
+        outer = in_slabs(partial(_outer, low=low, grid=one), len(one))
         parts += [sum(outer[1:], start=outer[0]).ravel(), bias]
-    return (np.concatenate(parts) / pixels).astype(np.float32)
+    return np.asarray(np.concatenate(parts) / pixels, np.float32)
 
 
 def pooled(features: Floats, foreground: NDArray[np.uint8]) -> Floats:
@@ -60,7 +61,7 @@ def pooled(features: Floats, foreground: NDArray[np.uint8]) -> Floats:
     found = in_slabs(lambda start, stop: _means(start, stop, features, foreground), len(features))
     whole, inside, share = (sum(part[which] for part in found) for which in range(3))
     whole = whole / features[..., 0].size
-    return np.concatenate([whole, inside / share if share else whole]).astype(np.float32)
+    return np.asarray(np.concatenate([whole, inside / share if share else whole]), np.float32)
 
 
 def looked_up(image: NDArray[np.uint8], table: Floats) -> Floats:
@@ -103,10 +104,10 @@ def _outer(start: int, stop: int, low: Floats, grid: Floats) -> NDArray[np.float
 @compiled
 def _means(
     start: int, stop: int, features: Floats, foreground: NDArray[np.uint8]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], np.float64]:
     """Sums of features over cells start..stop, the same times each cell's share of foreground, and of the shares."""
     height, width, depth = features.shape
-    whole, inside, shares = np.zeros(depth), np.zeros(depth), 0.0
+    whole, inside, shares = np.zeros(depth), np.zeros(depth), np.float64(0)
     row, part = np.empty(depth, np.float32), np.empty(depth, np.float32)
     for y in range(start, stop):
         row[:] = 0

@@ -120,9 +120,11 @@ def walk(logits: Floats, target: NDArray[np.uint8], classes: Classes, products: 
 
 def buffers(classes: int, low: int, width: int) -> Row:
     """Room for one row."""
-    deep, flat = (np.empty((3, classes, width), np.float32), np.empty((8, width), np.float32))
-    ints = np.empty((2, width), np.int32)
-    return Row(*deep, *flat, np.empty((2, low + 1), np.float32), *ints)
+    z, p, q = np.empty((3, classes, width), np.float32)
+    best, bits = np.empty((2, width), np.int32)
+    top, second, total, inside, log_total, log_inside, group, squared = np.empty((8, width), np.float32)
+    both = np.empty((2, low + 1), np.float32)
+    return Row(z, p, q, top, second, total, inside, log_total, log_inside, group, squared, both, best, bits)
 
 
 @compiled
@@ -270,9 +272,9 @@ def _reasons(row: Row, sums: NDArray[np.float64]) -> None:
 
 
 @compiled
-def _between(meaning: Tables, row: Row) -> float:
+def _between(meaning: Tables, row: Row) -> np.float64:
     """Entropy of the coarse classes."""
-    found = 0.0
+    found = np.float64(0)
     for g in range(meaning.coarse.max() + 1):
         row.group[:] = TINY
         for c in range(row.p.shape[0]):

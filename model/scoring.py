@@ -184,9 +184,10 @@ class Scorer:
         if isinstance(image, Encoded) and not self._sketch.head_only:
             raise ValueError("the gradient of all layers needs the image, not what the backbone made of it")
         rows = torch.from_numpy(target.astype(np.int64)).to(self._device)
-        if self._sketch.head_only:
-            return self._sketch.gradient(image if isinstance(image, Encoded) else self.encode(image), rows)
-        return self._sketch.gradient(as_input(image, self._device), rows)
+        if isinstance(image, Encoded):
+            return self._sketch.gradient(image, rows)
+        source = self.encode(image) if self._sketch.head_only else as_input(image, self._device)
+        return self._sketch.gradient(source, rows)
 
     def score_many(
         self, images: Iterable[NDArray[np.uint8]], targets: Iterable[NDArray[np.integer]]

@@ -21,6 +21,8 @@ LARGE, AHEAD, CANDIDATES = 5000, 24, 512
 NARROW = 128
 #: Neighbours that typicality looks at.
 NEIGHBOURS = 20
+#: Images among which typicality looks for neighbours, in large clusters and pools.
+NEAR = 500
 #: Clusters of feature space at most; more would be single images.
 MOST_CLUSTERS = 50
 #: Clusters of TypiClust at most; with more labels, several share one.
@@ -207,7 +209,8 @@ def best_of_uncovered(
     seen = np.bincount(found[[*chosen, *range(len(features), len(both))]], minlength=k)
     fewest = (size > 0) & (seen == seen[size > 0].min())
     members = free[found[free] == rng.choice(np.flatnonzero(fewest & (size == size[fewest].max())))]
-    near = typicality(features[members], features[members]) if len(members) > 1 else np.ones(1)
+    others = members[:: max(1, len(members) // NEAR)]
+    near = typicality(features[members], features[others]) if len(members) > 1 else np.ones(1)
     best = joint_rank([near, *(wish[members] for wish in wishes)])
     return int(members[rng.choice(np.flatnonzero(best == best.max()))])
 

@@ -1,0 +1,188 @@
+"""A real Label Studio with many tasks: publishing an order, and a new order after one label."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from backend import attach
+from backend.context import Context, connect
+from backend.embedded import LOOPBACK, free_port, start_redis, start_serve, start_studio, start_worker
+from backend.errors import JobError
+from backend.learn import network_key
+from backend.perf import Item, missing, processor, ratio
+from backend.prepare import clusters_name, count_clusters
+from backend.project import Project, TaskRecord
+from backend.publish import publish_order
+from backend.rank import Place
+from backend.regions import fine_regions
+from backend.score import scorer, scores_key
+from backend.settings import Settings
+from backend.sync import refresh_config
+from model.clusters import DEFAULT_K, cluster_map, fit_image
+from model.field import render
+from model.scoring import NUMBERS
+
+#: Tasks of the project, and rounds of each measurement.
+TASKS, ROUNDS = 10_000, 3
+#: Seconds in which a head is to be served.
+SOON = 2.0
+CONFIG = (
+    '<View><Image name="image" value="$image"/><BrushLabels name="fine" toName="image">'
+    '<Label value="Soil"/><Label value="Crop"/><Label value="Weed"/></BrushLabels></View>'
+)
+SETTINGS = {
+    "FIRSTROW_IMAGE_SIZE": "128",
+    "FIRSTROW_NETWORK": "lraspp_efficientnet_lite0",
+    "FIRSTROW_COARSE_TASKS": "0",
+    "FIRSTROW_RETRAIN_EVERY": "100000",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A project with many tasks, all prepared and scored, and no worker yet."""
+
+    ctx: Context
+    project: Project
+    folder: Path
+    environment: dict[str, str]
+
+
+def items(tasks: int = TASKS) -> Iterator[Item]:
+    """Every figure that needs Label Studio."""
+    names = {f"publish/import {tasks}": 1.3, f"rerank/2s {tasks}": 1.0}
+    try:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            stage = build(Path(folder), tasks, stack)
+            yield publish_item(stage, tasks)
+            yield rerank_item(stage, tasks)
+    except JobError as error:
+        yield from (missing(name, target, str(error), processor()) for name, target in names.items())
+
+
+def build(folder: Path, tasks: int, stack: ExitStack) -> Stage:
+    """Redis, Label Studio and our web process; scores are drawn, since their cost is measured elsewhere."""
+    redis, studio, port = (
+        stack.enter_context(start_redis(folder)),
+        stack.enter_context(start_studio(folder)),
+        free_port(),
+    )
+    environment = {
+        **SETTINGS,
+        "REDIS_URL": redis,
+        "LABEL_STUDIO_URL": studio.url,
+        "LABEL_STUDIO_API_KEY": studio.token,
+        "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
+        "FIRSTROW_PORT": str(port),
+        "FIRSTROW_STORE": str(folder / "store"),
+        "FIRSTROW_CACHE": str(folder / "cache"),
+    }
+    stack.enter_context(start_serve(folder, environment))
+    ctx = connect(Settings.read(environment))
+    number = int(ctx.studio.create_project("perf", CONFIG)["id"])
+    file = folder / "field.jpg"
+    Image.fromarray(render(0, "source", (128, 96))[0]).save(file, quality=95)
+    [first] = ctx.studio.upload(number, [file])
+    image = next(value for value in ctx.studio.task(first, number)["data"].values() if str(value).endswith(".jpg"))
+    ids = [first, *ctx.studio.import_tasks(number, [{"image": image}] * (tasks - 1))]
+    attach.apply(attach.plan(ctx.studio, number, ctx.settings))
+    project = ctx.project(number)
+    fill(ctx, project, ids, image)
+    return Stage(ctx, project, folder, environment)
+
+
+def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
+    """Leave in the store what preparing and scoring these tasks would have left."""
+    config, rng = refresh_config(ctx, project), np.random.default_rng(0)
+    pixels, size = ctx.images(project.id).get(project.id, ids[0], image)
+    book = fit_image(pixels, DEFAULT_K, rng)
+    project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(ids)})
+    clusters, labels = clusters_name(ctx, project), cluster_map(pixels, book)
+    counts = count_clusters(labels)
+    for task in ids:
+        project.store.write_map(project.cluster_key(clusters, task), labels)
+    stamps = {row["id"]: row.get("updated_at", "") for row in ctx.studio.tasks(project.id)}
+    records = {t: TaskRecord(t, image, stamps[t], size=size, clusters=clusters, counts=counts) for t in ids}
+    project.save_index(records)
+    key, classes = scores_key(ctx, project, config), config.classes
+    network = scorer(ctx, project, network_key(ctx, project, classes), classes)
+    one = network.score(pixels, np.full(labels.shape, classes.any_row, np.uint8))
+    for start in range(0, len(ids), 64):
+        part = ids[start : start + 64]
+        arrays = {
+            "task": np.array(part, np.int64),
+            "version": np.array([""] * len(part), "U12"),
+            "columns": rng.random((len(part), len(NUMBERS))),
+            "embedding": rng.normal(size=(len(part), one.embedding.size)).astype(np.float32),
+            "features": rng.normal(size=(len(part), one.features.size)).astype(np.float32),
+        }
+        project.store.write_arrays(project.key("scores", key, f"{start}.npz"), arrays)
+
+
+def publish_item(stage: Stage, tasks: int) -> Item:
+    """A whole order beside a bare import of as many predictions."""
+    ctx, project, ratios, seconds = stage.ctx, stage.project, [], []
+    index, config = project.index(), project.config()
+    for number in range(1, ROUNDS + 1):
+        places = [Place(task, "full", 0.0, {}) for task in index]
+        rows = [
+            {"task": t, "result": [], "score": i / tasks, "model_version": f"bare-{number}"}
+            for i, t in enumerate(index)
+        ]
+        project.store.delete(project.key("served.json"))  # else only the head would change
+        start = time.perf_counter()
+        publish_order(ctx, project, index, config, places, number)
+        between = time.perf_counter()
+        ctx.studio.import_predictions(project.id, rows)
+        seconds.append(time.perf_counter() - between)
+        ratios.append((between - start) / seconds[-1])
+    said = f"bulk import of {tasks} predictions, {np.median(seconds):.3g} s"
+    return ratio(f"publish/import {tasks}", 1.3, ratios, said, processor())
+
+
+def rerank_item(stage: Stage, tasks: int) -> Item:
+    """From a person's Submit to the head of the new order being served."""
+    ctx, project, found = stage.ctx, stage.project, []
+    with start_worker(stage.folder, stage.environment):
+        ctx.board.request_round(project.id, "perf")
+        settle(ctx, project)
+        for _ in range(ROUNDS + 1):
+            found.append(submit(ctx, project) / SOON)
+    said = f"{SOON:g} s from Submit to the new head, of {tasks} tasks"
+    return ratio(f"rerank/2s {tasks}", 1.0, found[1:], said, processor())  # the first one loads the network
+
+
+def submit(ctx: Context, project: Project) -> float:
+    """Seconds from submitting the served task until Label Studio serves the head of a newer order."""
+    before, task = int(project.state()["round"]), ctx.studio.next_task(project.id)
+    assert task is not None
+    mask = np.zeros((96, 128), np.uint8)
+    mask[:, 40:] = 1
+    result = fine_regions(mask, np.full(mask.shape, 255, np.uint8), project.config(), (128, 96))
+    start = time.perf_counter()
+    ctx.studio.create_annotation(int(task["id"]), result)
+    # Not asked for a task meanwhile: Label Studio would hold that one for us whatever the new order is.
+    settle(ctx, project, before)
+    served = ctx.studio.next_task(project.id)
+    taken = time.perf_counter() - start
+    head = project.store.read_json(project.key("ranking.json"))[0]["task"]
+    if served is None or served["id"] != head:
+        raise JobError(f"Label Studio serves {served and served['id']}, but the new order begins with {head}")
+    return taken
+
+
+def settle(ctx: Context, project: Project, after: int = 0) -> None:
+    """Wait for an order newer than round `after`, and until nothing is left to do."""
+    until = time.monotonic() + 600
+    while ctx.board.busy(project.id) or ctx.board.wished(project.id) or ctx.board.state(project.id)["round"] <= after:
+        if time.monotonic() > until:
+            raise JobError(f"no order within 10 min: {ctx.board.error(project.id)}")
+        time.sleep(0.005)

@@ -1,0 +1,176 @@
+"""Workers on machines that share only Redis and the store: processes that share no folder, and an S3 server."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from conftest import Backend
+from moto.server import ThreadedMotoServer
+
+from backend.attach import apply, plan
+from backend.embedded import start_worker
+from backend.enqueue import GPU, Board
+from backend.generations import AT_ONCE, remove
+from backend.project import TaskRecord
+from backend.rank import Place
+from backend.score import scored
+
+CONFIG = """<View><Image name="image" value="$image"/><BrushLabels name="fine" toName="image">
+<Label value="Soil"/><Label value="Crop"/></BrushLabels></View>"""
+TASKS = 130
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    """Settings of a store on an S3 server."""
+    monkeypatch = pytest.MonkeyPatch()
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    keys = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="firstrow")
+    yield keys
+    server.stop()
+    monkeypatch.undo()
+
+
+def project_of(backend: Backend, pictures: dict[Path, object], tasks: int) -> int:
+    """A project of many tasks with a few images, attached."""
+    studio = backend.context.studio
+    project = int(studio.create_project("many", CONFIG)["id"])
+    uploaded = studio.upload(project, list(pictures))
+    values = [next(iter(studio.task(task, project)["data"].values())) for task in uploaded]
+    more = itertools.islice(itertools.cycle(values), tasks - len(uploaded))
+    studio.import_tasks(project, [{"image": value} for value in more])
+    apply(plan(studio, project, backend.context.settings))
+    return project
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_the_shards_of_a_round_over_s3(
+    make_backend: Callable[..., Backend],
+    pictures: dict[Path, object],
+    bucket: dict[str, str],
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    store = {**bucket, "FIRSTROW_STORE": f"s3://firstrow/{workers}"}
+    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0", FIRSTROW_IMAGE_SIZE="64", **store)
+    project = project_of(backend, pictures, TASKS)
+    with ExitStack() as stack:
+        folders = [tmp_path / f"machine-{number}" for number in range(workers)]
+        processes = []
+        for folder in folders:
+            folder.mkdir()
+            alone = {**backend.environment, "FIRSTROW_CACHE": str(folder / "cache")}
+            processes.append(stack.enter_context(start_worker(folder, alone)))
+        wait_for(lambda: len(Board(backend.environment["REDIS_URL"]).redis.smembers("rq:workers")) == workers)
+        backend.context.board.request_round(project, "test")
+        if workers == 2:  # one dies in the middle of a shard
+            wait_for(lambda: any("prepare" in log and "started" in log for log in texts(folders[:1])))
+            for child in psutil.Process(processes[0].pid).children():
+                child.kill()
+        backend.wait(project)
+        here, config = backend.context.project(project), backend.context.project(project).config()
+        assert len(scored(backend.context, here, config, here.index())) == TASKS
+        assert len(here.store.read_json(here.key("ranking.json"))) == TASKS
+        busy = [text for text in texts(folders) if f"prepare project {project}" in text]
+        assert len(busy) >= 2, "more than one worker took part"
+        assert not (backend.folder / "store" / "projects").exists()
+        loads = [text.count("network loaded") for text in texts(folders)]
+        assert max(loads) <= 2, "once per life of a worker, not per shard"
+
+
+def texts(folders: list[Path]) -> list[str]:
+    """The workers' logs."""
+    return ["".join(log.read_text() for log in folder.glob("*.log")) for folder in folders]
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_projects_take_turns(database_url: str) -> None:
+    board = Board(database_url)
+    for project, count in ((1, 4), (2, 2), (3, 1)):
+        for number in range(count):
+            board.enqueue("score", project, number, number)
+    board.interleave(GPU)
+    order = [job.meta["project"] for job in board.queue(GPU).jobs]
+    assert order == [1, 2, 3, 1, 2, 1, 1]
+    assert [job.args[1] for job in board.queue(GPU).jobs if job.meta["project"] == 1] == [0, 1, 2, 3]
+
+
+def test_a_large_order_changes_at_its_head_and_goes_gently(
+    make_backend: Callable[..., Backend], pictures: dict[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backend import publish
+
+    monkeypatch.setattr(publish, "SMALL", 10)
+    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0")
+    ctx, tasks = backend.context, AT_ONCE + 20
+    project = ctx.project(project_of(backend, pictures, tasks))
+    publish_order, ids = publish.publish_order, [int(row["id"]) for row in ctx.studio.tasks(project.id)]
+    config = refreshed(backend, project.id)
+    index = {task: TaskRecord(task, "a.jpg") for task in ids}
+    project.save_index(index)
+    publish_order(ctx, project, index, config, places(ids), 1)
+    assert served(backend, project.id) == ids[0]
+    again = [*reversed(ids[50:60]), *ids[:50], *ids[60:]]
+    state = publish_order(ctx, project, index, config, places(again), 2)
+    assert state["queue"] == "first-row-1", "the order in force stays, its head changes"
+    assert served(backend, project.id) == again[0]
+    assert ctx.studio.versions(project.id)["first-row-1"] == tasks + 10
+    publish_order(ctx, project, index, config, places(ids), 3)
+    assert served(backend, project.id) == ids[0]
+    project.store.delete(project.key("served.json"))
+    assert publish_order(ctx, project, index, config, places(again), 4)["queue"] == "first-row-4"
+
+    entry: dict[str, object] = {}
+    ctx.board.enqueue("score", project.id, 1, 1)
+    size = ctx.studio.versions(project.id)["first-row-1"]
+    assert not remove(ctx, project, "first-row-1", size, entry), "a job that waits goes first"
+    assert ctx.studio.versions(project.id)["first-row-1"] == size
+    ctx.board.queue(GPU).empty()
+    assert remove(ctx, project, "first-row-1", size, entry)
+    assert "first-row-1" not in ctx.studio.versions(project.id)
+    assert served(backend, project.id) == again[0]
+
+
+def refreshed(backend: Backend, project: int) -> object:
+    from backend.sync import refresh_config
+
+    return refresh_config(backend.context, backend.context.project(project))
+
+
+def places(ids: list[int]) -> list[Place]:
+    return [Place(task, "full", 0.0, {}) for task in ids]
+
+
+def served(backend: Backend, project: int) -> int:
+    """The first task of Label Studio's order, without being given it: the lowest score of the version in force."""
+    studio = backend.context.studio
+    version = studio.project(project)["model_version"]
+    found: dict[int, float] = {}
+    for task in studio.full_tasks(project, [int(row["id"]) for row in studio.tasks(project)]):
+        scores = [p["score"] for p in task["predictions"] if p["model_version"] == version]
+        if scores:
+            found[int(task["id"])] = min(scores)
+    return min(found, key=lambda task: found[task])
