@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ from model.strategies import NEEDS
 
 log = logging.getLogger(__name__)
 
+#: Images that are read before the network asks for them.
+AHEAD = 2
+T = TypeVar("T")
 #: The float columns of a score file, in order.
 COLUMNS = NUMBERS
 
@@ -54,7 +59,7 @@ def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], c
     """Score images and keep scores, embeddings and the network's masks in the store."""
     key, folder = network_key(ctx, project, config.classes), scores_key(ctx, project, config)
     network, rows, kept = scorer(ctx, project, key, config.classes), [], []
-    for done, (record, image, target) in enumerate(inputs(ctx, project, records, config)):
+    for done, (record, image, target) in enumerate(ahead(inputs(ctx, project, records, config))):
         score = network.score(image, target)
         project.save_prediction(key, record.id, score.prediction, score.confidence)
         rows.append(score)
@@ -63,6 +68,15 @@ def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], c
     if kept:
         name = hashlib.sha1(repr([(r.id, r.version) for r in kept]).encode()).hexdigest()[:16]
         project.store.write_arrays(project.key("scores", folder, f"{name}.npz"), as_arrays(kept, rows))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, of which a thread fetches the next ones meanwhile: the network does not wait for files."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
+        pending = deque(reader.submit(next, items, None) for _ in range(AHEAD))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(reader.submit(next, items, None))
+            yield item
 
 
 def inputs(

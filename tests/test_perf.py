@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from backend import cli, perf
 from backend.perf import Item, compare, missing, read, table
 from backend.publish import CHANGES, HEAD, SMALL, full_score, head_score, moved
+from backend.score import ahead
 from model import spread
 from model.classes import Classes
 from model.gradients import marginal_cross_entropy
@@ -170,3 +173,15 @@ def test_unknown_groups_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["perf", "--only", "weather"])
     assert ", ".join(perf.GROUPS) in capsys.readouterr().err
+
+
+def test_images_are_read_ahead_in_order_and_a_fault_comes_when_it_is_its_turn() -> None:
+    def source() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("the disk is gone")
+
+    found = ahead(source())
+    assert list(itertools.islice(found, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(OSError, match="gone"):
+        next(found)
+    assert list(ahead(iter([]))) == []
