@@ -78,20 +78,24 @@ def start_services(folder: Path, environment: Mapping[str, str] | None = None) -
     with ExitStack() as stack:
         redis_url = stack.enter_context(start_redis(folder))
         studio = stack.enter_context(start_studio(folder))
-        port = free_port()
-        settings = {
-            **dict(environment or {}),
-            "REDIS_URL": redis_url,
-            "LABEL_STUDIO_URL": studio.url,
-            "LABEL_STUDIO_API_KEY": studio.token,
-            "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
-            "FIRSTROW_PORT": str(port),
-            "FIRSTROW_STORE": str(folder.resolve() / "store"),
-            "FIRSTROW_CACHE": str(folder.resolve() / "cache"),
-        }
+        settings = {**dict(environment or {}), **backend_settings(folder, redis_url, studio)}
         stack.enter_context(start_serve(folder, settings))
         stack.enter_context(start_worker(folder, settings))
         yield Services(studio, settings)
+
+
+def backend_settings(folder: Path, redis_url: str, studio: Studio) -> dict[str, str]:
+    """Settings of a backend of our own on a free port of this machine, its store and cache in a folder."""
+    port = free_port()
+    return {
+        "REDIS_URL": redis_url,
+        "LABEL_STUDIO_URL": studio.url,
+        "LABEL_STUDIO_API_KEY": studio.token,
+        "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
+        "FIRSTROW_PORT": str(port),
+        "FIRSTROW_STORE": str(folder.resolve() / "store"),
+        "FIRSTROW_CACHE": str(folder.resolve() / "cache"),
+    }
 
 
 @contextmanager

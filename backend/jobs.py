@@ -199,11 +199,12 @@ def clean_store(ctx: Context, project: Project) -> None:
     # Listed before the names are looked up: what a round beside us writes meanwhile is not in the list.
     found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared", "shards")}
     config, number = project.config(), int(project.state().get("round", 0))
+    rounds = {str(n) for n in range(number, number + 3)}
     keep = {
         "scores": {scores_key(ctx, project, config)},
         "clusters": {clusters_name(ctx, project)},
-        "prepared": {str(n) for n in range(number, number + 3)},
-        "shards": {str(n) for n in range(number, number + 3)},
+        "prepared": rounds,
+        "shards": rounds,
     }
     for folder, names in keep.items():
         for key in found[folder]:

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from backend.supervisor import child_environment, processors
+
 #: Rounds of each comparison; what takes seconds gets fewer.
 ROUNDS = 15
 #: What can be measured by itself.
@@ -107,8 +109,6 @@ def compare(calls: Mapping[str, Call], rounds: int, device: str) -> Times:
 
 def processor() -> str:
     """The CPU's name and the threads in use."""
-    from backend.supervisor import processors
-
     found = [line for line in _cpuinfo() if line.startswith("model name")]
     name = found[0].partition(":")[2].strip() if found else platform.processor() or platform.machine()
     return f"{name}, {processors()} threads"
@@ -144,8 +144,6 @@ def run(groups: Sequence[str], as_json: bool) -> int:
     Returns:
         The exit status: 0, or that of a child that failed. A missed target is a figure and not a fault.
     """
-    from backend.supervisor import child_environment
-
     command = [sys.executable, "-m", "backend.perf", *groups]
     found: list[Item] = []
     with (

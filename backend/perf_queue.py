@@ -13,12 +13,7 @@ from model.spread import farthest_first, unit
 
 
 def items() -> Iterator[Item]:
-    """Every figure about ranking."""
-    yield from select_items()
-
-
-def select_items() -> Iterator[Item]:
-    """Farthest-first places beside one matrix-vector product each."""
+    """Every figure about ranking: farthest-first places beside one matrix-vector product each."""
     vectors = clustered(100_000, 512)
     none, weight = np.zeros((0, 512), np.float32), np.ones(len(vectors))
     for places, target in ((100, 0.50), (300, 0.45)):

@@ -14,8 +14,9 @@ from PIL import Image
 
 from backend import attach
 from backend.context import Context, connect
-from backend.embedded import LOOPBACK, free_port, start_redis, start_serve, start_studio, start_worker
+from backend.embedded import backend_settings, start_redis, start_serve, start_studio, start_worker
 from backend.errors import JobError
+from backend.jobs import SCORE_SHARD, split
 from backend.learn import network_key
 from backend.perf import Item, missing, processor, ratio
 from backend.prepare import clusters_name, count_clusters
@@ -32,6 +33,7 @@ from model.scoring import NUMBERS
 
 #: Tasks of the project, and rounds of each measurement.
 TASKS, ROUNDS = 10_000, 3
+TARGETS = {"publish/import": 1.3, "rerank/2s": 1.0}
 #: Seconds in which a head is to be served.
 SOON = 2.0
 CONFIG = (
@@ -58,33 +60,21 @@ class Stage:
 
 def items(tasks: int = TASKS) -> Iterator[Item]:
     """Every figure that needs Label Studio."""
-    names = {f"publish/import {tasks}": 1.3, f"rerank/2s {tasks}": 1.0}
+    left = dict(TARGETS)
     try:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             stage = build(Path(folder), tasks, stack)
-            yield publish_item(stage, tasks)
-            yield rerank_item(stage, tasks)
+            for name, item in (("publish/import", publish_item), ("rerank/2s", rerank_item)):
+                yield item(stage, tasks)
+                del left[name]
     except JobError as error:
-        yield from (missing(name, target, str(error), processor()) for name, target in names.items())
+        yield from (missing(f"{name} {tasks}", target, str(error), processor()) for name, target in left.items())
 
 
 def build(folder: Path, tasks: int, stack: ExitStack) -> Stage:
     """Redis, Label Studio and our web process; scores are drawn, since their cost is measured elsewhere."""
-    redis, studio, port = (
-        stack.enter_context(start_redis(folder)),
-        stack.enter_context(start_studio(folder)),
-        free_port(),
-    )
-    environment = {
-        **SETTINGS,
-        "REDIS_URL": redis,
-        "LABEL_STUDIO_URL": studio.url,
-        "LABEL_STUDIO_API_KEY": studio.token,
-        "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
-        "FIRSTROW_PORT": str(port),
-        "FIRSTROW_STORE": str(folder / "store"),
-        "FIRSTROW_CACHE": str(folder / "cache"),
-    }
+    redis_url, studio = stack.enter_context(start_redis(folder)), stack.enter_context(start_studio(folder))
+    environment = {**SETTINGS, **backend_settings(folder, redis_url, studio)}
     stack.enter_context(start_serve(folder, environment))
     ctx = connect(Settings.read(environment))
     number = int(ctx.studio.create_project("perf", CONFIG)["id"])
@@ -115,8 +105,7 @@ def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
     key, classes = scores_key(ctx, project, config), config.classes
     network = scorer(ctx, project, network_key(ctx, project, classes), classes)
     one = network.score(pixels, np.full(labels.shape, classes.any_row, np.uint8))
-    for start in range(0, len(ids), 64):
-        part = ids[start : start + 64]
+    for number, part in enumerate(split(ids, SCORE_SHARD)):
         arrays = {
             "task": np.array(part, np.int64),
             "version": np.array([""] * len(part), "U12"),
@@ -124,7 +113,7 @@ def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
             "embedding": rng.normal(size=(len(part), one.embedding.size)).astype(np.float32),
             "features": rng.normal(size=(len(part), one.features.size)).astype(np.float32),
         }
-        project.store.write_arrays(project.key("scores", key, f"{start}.npz"), arrays)
+        project.store.write_arrays(project.key("scores", key, f"{number}.npz"), arrays)
 
 
 def publish_item(stage: Stage, tasks: int) -> Item:
@@ -145,7 +134,7 @@ def publish_item(stage: Stage, tasks: int) -> Item:
         seconds.append(time.perf_counter() - between)
         ratios.append((between - start) / seconds[-1])
     said = f"bulk import of {tasks} predictions, {np.median(seconds):.3g} s"
-    return ratio(f"publish/import {tasks}", 1.3, ratios, said, processor())
+    return ratio(f"publish/import {tasks}", TARGETS["publish/import"], ratios, said, processor())
 
 
 def rerank_item(stage: Stage, tasks: int) -> Item:
@@ -157,7 +146,9 @@ def rerank_item(stage: Stage, tasks: int) -> Item:
         for _ in range(ROUNDS + 1):
             found.append(submit(ctx, project) / SOON)
     said = f"{SOON:g} s from Submit to the new head, of {tasks} tasks"
-    return ratio(f"rerank/2s {tasks}", 1.0, found[1:], said, processor())  # the first one loads the network
+    return ratio(
+        f"rerank/2s {tasks}", TARGETS["rerank/2s"], found[1:], said, processor()
+    )  # the first one loads the network
 
 
 def submit(ctx: Context, project: Project) -> float:

@@ -48,35 +48,35 @@ def publish_order(
             f"project {project.id} has no ML backend at {ctx.settings.url}: "
             f"run `firstrow attach --project {project.id}`"
         )
-    served = standing(ctx, project, places)
+    tasks = [place.task for place in places]
+    served = standing(ctx, project, tasks)
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
         state["queue"] = served["queue"]
     ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
     project.store.write_json(project.key("state.json"), state)
     if served is not None:
-        move_head(ctx, project, config, places, state, served)
+        move_head(ctx, project, config, tasks, state, served)
     elif places:
         send(ctx, project, config, places, state)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
-        tasks = [place.task for place in places]
         project.store.write_json(project.key("served.json"), {"queue": state["queue"], "tasks": tasks, "changes": 0})
-    remember(project, number, [place.task for place in places], state["queue"])
+    remember(project, number, tasks, state["queue"])
     project.store.write_json(project.key("ranking.json"), [dict(vars(place)) for place in places])
     return state
 
 
-def standing(ctx: Context, project: Project, places: Sequence[Place]) -> dict[str, Any] | None:
-    """The large order that Label Studio serves now, if changing its head is enough to serve these places; else None.
+def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, Any] | None:
+    """The large order that Label Studio serves now, if changing its head is enough to serve these tasks; else None.
 
     Label Studio sorts a task by the lowest score among its predictions of the version in force. So one small prediction
     more takes a task to the front, and the thousands behind it stay as they are until `CHANGES` heads have changed.
     """
     served = project.store.read_json(project.key("served.json")) or {}
-    if len(places) <= SMALL or served.get("changes", CHANGES) >= CHANGES:
+    if len(tasks) <= SMALL or served.get("changes", CHANGES) >= CHANGES:
         return None
-    if not {place.task for place in places} <= set(served["tasks"]):
+    if not set(tasks) <= set(served["tasks"]):
         return None  # a task without a place would never be served
     ours = ctx.studio.project(project.id).get("model_version") == served["queue"]
     return served if ours else None
@@ -86,14 +86,14 @@ def move_head(
     ctx: Context,
     project: Project,
     config: ProjectConfig,
-    places: Sequence[Place],
+    tasks: Sequence[int],
     state: dict[str, Any],
     served: dict[str, Any],
 ) -> None:
-    """Bring the first places to the front of the order in force, by as few predictions as that takes."""
-    wanted = {place.task for place in places}
+    """Bring the first tasks to the front of the order in force, by as few predictions as that takes."""
+    wanted = set(tasks)
     order = [task for task in served["tasks"] if task in wanted]
-    head = moved([place.task for place in places[:HEAD]], order)
+    head = moved(tasks[:HEAD], order)
     # Counted before anything is sent: after a death in between these scores are not used for another head.
     served = {**served, "changes": served["changes"] + bool(head)}
     project.store.write_json(project.key("served.json"), served)
@@ -101,8 +101,7 @@ def move_head(
         result = regions(project, config, task, state)
         score = head_score(served["changes"], position)
         ctx.studio.create_prediction(task, result, served["queue"], score)
-    first = set(head)
-    served["tasks"] = head + [task for task in order if task not in first]
+    served["tasks"] = list(dict.fromkeys([*head, *order]))
     project.store.write_json(project.key("served.json"), served)
 
 

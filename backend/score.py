@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -130,28 +130,35 @@ class Scores:
 
 def scored(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> set[int]:
     """Tasks that have a score that may be compared now; reads no embedding."""
-    found = set()
-    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
-        part = project.store.read_arrays(key, ("task", "version"))
-        if part is not None:
-            found |= {(int(t), str(v)) for t, v in zip(part["task"], part["version"], strict=True)}
-    return {task for task, version in found if task in index and index[task].version == version}
+    parts = score_files(ctx, project, config, ("task", "version"))
+    return {task for part in parts for task in up_to_date(part, index)}
 
 
 def read_scores(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> Scores:
     """All scores that may be compared now, of tasks whose labels are still as they were when scored."""
-    parts: list[dict[str, NDArray[Any]]] = []
-    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
-        part = project.store.read_arrays(key)
-        if part is not None:
-            parts.append(part)
+    parts = list(score_files(ctx, project, config))
     if not parts:
         return Scores({}, np.zeros((0, len(COLUMNS))), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    rows = {
-        int(task): row
-        for row, (task, version) in enumerate(zip(joined["task"], joined["version"], strict=True))
-        if int(task) in index and index[int(task)].version == str(version)
-    }
+    rows = up_to_date(joined, index)
     found = {name.removeprefix("extra:"): array for name, array in joined.items() if name.startswith("extra:")}
     return Scores(rows, joined["columns"], joined["embedding"], joined["features"], found)
+
+
+def score_files(
+    ctx: Context, project: Project, config: ProjectConfig, names: Collection[str] | None = None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The arrays of these names, or all, of each score file under the network and the clusters in force."""
+    for key in project.store.list(project.key("scores", scores_key(ctx, project, config))):
+        part = project.store.read_arrays(key, names)
+        if part is not None:
+            yield part
+
+
+def up_to_date(part: Mapping[str, NDArray[Any]], index: Index) -> dict[int, int]:
+    """Row by task id, of tasks whose labels are still as they were when scored."""
+    return {
+        int(task): row
+        for row, (task, version) in enumerate(zip(part["task"], part["version"], strict=True))
+        if int(task) in index and index[int(task)].version == str(version)
+    }

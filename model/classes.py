@@ -64,6 +64,10 @@ class Classes:
             found[list(members)] = coarse
         return found
 
+    def named(self) -> NDArray[np.intp]:
+        """(C + G + 1,) the coarse class that each row of `sets` names; -1 for the row that allows every class."""
+        return np.array([*self.coarse_of(), *range(len(self.coarse)), -1], np.intp)
+
     def coarse_table(self) -> NDArray[np.uint8]:
         """(256,) the coarse class of each value of an annotation mask; UNKNOWN for values that are no fine class."""
         table = np.full(256, UNKNOWN, np.uint8)

@@ -75,7 +75,7 @@ def features(image: Image) -> Floats:
         (H * W, 4) float32; L and a, b in CIE units, excess green (2G - R - B) in the same range.
     """
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    red, green, blue = np.array(cv2.mean(image)).tolist()[:3]
+    red, green, blue, _ = np.array(cv2.mean(image))
     # The mean of excess green is the excess green of the mean. Not numpy's mean: in float32 it loses digits.
     mean = np.array([*np.array(cv2.mean(lab))[:3], EXCESS * (2 * green - red - blue)])
     found = np.empty((lab.shape[0] * lab.shape[1], 4), np.float32)

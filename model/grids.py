@@ -52,7 +52,7 @@ def embedding(wide: Floats, across: Axis, grids: Sequence[Floats], pixels: int) 
     bias = low.sum((1, 2), dtype=np.float64)
     for one in grids:
         outer = in_slabs(partial(_outer, low=low, grid=one), len(one))
-        parts += [sum(outer[1:], start=outer[0]).ravel(), bias]
+        parts += [np.ravel(sum(outer)), bias]
     return np.asarray(np.concatenate(parts) / pixels, np.float32)
 
 

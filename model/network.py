@@ -96,7 +96,11 @@ class Network(nn.Module):
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """The backbone's output, (N, D, h, w) each by name, of images (N, 3, H, W) in [0, 1]."""
-        return cast(dict[str, Tensor], self.backbone()((images - self.mean) / self.std))
+        return cast(dict[str, Tensor], self.backbone()(self.normalised(images)))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] with the statistics that the backbone was trained with."""
+        return (images - self.mean) / self.std
 
     def decode(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
         """Logits (N, C, H, W) of what `encode` gave, at any size (H, W)."""

@@ -22,6 +22,7 @@ Floats = NDArray[np.float32]
 
 #: Sums over pixels, in the order in which they are kept.
 SUMS = ("entropy", "coarse_entropy", "least_confidence", "margin", "pseudo_loss", "foreground", "egl", "variance")
+ENTROPY, COARSE_ENTROPY, LEAST_CONFIDENCE, MARGIN, PSEUDO_LOSS, FOREGROUND, EGL, VARIANCE = range(len(SUMS))
 #: Below this share of the total, what the set allows is computed again with a maximum of its own.
 FAINT = np.float32(1e-25)
 #: Below any probability that counts; its logarithm is finite.
@@ -75,20 +76,21 @@ class Pixels(NamedTuple):
     Attributes:
         sums: over pixels, by the names in `SUMS`; `egl` and `variance` are 1 - |p|^2 and 1 - |q|^2, each pixel weighed
             by its squared features.
-        wide: (C, h, W) adjoint of the vertical enlargement of p - q; of p - own where that was asked for.
+        wide: (C, h, W) adjoint of the vertical enlargement of p - q; of p - own where the target allows any class.
+        own: whether the target allows any class everywhere.
         maps: of classes, confidence and foreground.
     """
 
     sums: dict[str, float]
     wide: Floats
+    own: bool
     maps: Maps
 
 
 @lru_cache(maxsize=16)
 def tables(classes: Classes) -> Tables:
     """The meaning of classes as arrays."""
-    coarse = classes.coarse_of().astype(np.int32)
-    named = np.array([*coarse, *range(len(classes.coarse)), -1])[:, None]
+    coarse, named = classes.coarse_of().astype(np.int32), classes.named()[:, None]
     foreground = np.where(named >= 0, named, coarse[None]) != 0
     return Tables(np.ascontiguousarray(classes.sets().T, np.float32), coarse, foreground.astype(np.uint8))
 
@@ -114,8 +116,8 @@ def walk(logits: Floats, target: NDArray[np.uint8], classes: Classes, products: 
         return sums, wide
 
     parts = in_slabs(slab, len(target))
-    sums, wide = (sum(part[which] for part in parts[1:]) + parts[0][which] for which in (0, 1))
-    return Pixels(dict(zip(SUMS, sums.tolist(), strict=True)), wide, maps)
+    sums, wide = (sum(part[which] for part in parts) for which in range(2))
+    return Pixels(dict(zip(SUMS, sums.tolist(), strict=True)), wide, own, maps)
 
 
 def buffers(classes: int, low: int, width: int) -> Row:
@@ -155,11 +157,11 @@ def _rows(
         _inside(target[y], meaning, row)
         logarithm(row.total, row.log_total, row.bits)
         logarithm(row.inside, row.log_inside, row.bits)
-        sums[4] += _again(target[y], meaning, row)
+        sums[PSEUDO_LOSS] += _again(target[y], meaning, row)
         _squares(products, i, j, a, across, biases, row)
         _reasons(row, sums)
-        sums[1] += _between(meaning, row)
-        sums[5] += _look(target[y], meaning, row, maps.prediction[y], maps.confidence[y], maps.foreground[y])
+        sums[COARSE_ENTROPY] += _between(meaning, row)
+        sums[FOREGROUND] += _look(target[y], meaning, row, maps.prediction[y], maps.confidence[y], maps.foreground[y])
         for c in range(logits.shape[0]):
             _pull(row, c, own)
             spread(row.q[c], ONE - a, wide[c, i])
@@ -263,12 +265,12 @@ def _reasons(row: Row, sums: NDArray[np.float64]) -> None:
     for x in range(row.total.shape[0]):
         spread += max(row.top[x], ZERO) * row.squared[x]
         spread_inside += max(row.second[x], ZERO) * row.squared[x]
-    sums[0] += entropy
-    sums[2] += unsure
-    sums[3] += between
-    sums[4] += loss
-    sums[6] += spread
-    sums[7] += spread_inside
+    sums[ENTROPY] += entropy
+    sums[LEAST_CONFIDENCE] += unsure
+    sums[MARGIN] += between
+    sums[PSEUDO_LOSS] += loss
+    sums[EGL] += spread
+    sums[VARIANCE] += spread_inside
 
 
 @compiled

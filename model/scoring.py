@@ -125,15 +125,13 @@ class Scorer:
         self._walks = self._device.type == "cpu" and not self._extras
         self._sets = torch.from_numpy(classes.sets()).to(self._device)
         self._coarse_of = torch.from_numpy(classes.coarse_of()).to(self._device)
-        # Coarse class that a row of the target names; -1 for "any class".
-        named = [*classes.coarse_of(), *range(len(classes.coarse)), -1]
-        self._named = torch.tensor(named, device=self._device)
+        self._named = torch.from_numpy(classes.named()).to(self._device)
         folded = fold_batch_norms(copy.deepcopy(network).eval())
         #: The copy: batch norms folded, channels last.
         self.folded = folded.to(self._device).to(memory_format=torch.channels_last)
-        values = torch.arange(256).view(1, 1, 256, 1) / 255
-        # What the network makes of each value of each channel before its first layer.
-        self._colours = np.ascontiguousarray(((values - network.mean.cpu()) / network.std.cpu())[0, :, :, 0].T.numpy())
+        values = torch.arange(256, device=self._device).view(1, 1, 256, 1) / 255
+        # (256, 3) what the network makes of each value of each channel before its first layer.
+        self._colours = np.ascontiguousarray(self.folded.normalised(values)[0, :, :, 0].T.cpu().numpy())
         self._sketch = None if layers == "last" else Sketch(self.folded, layers, self._sets)
         self._last = self.folded.last_layers()
         self._layers: list[Tensor] = []
@@ -166,7 +164,7 @@ class Scorer:
             score = self._walk(encoded, target) if self._walks else self._score(self._look(encoded), target)
         if self._sketch is None:
             return score
-        embedding = self.sketch(image, target)
+        embedding = self.sketch(encoded if self._sketch.head_only else image, target)
         return replace(score, embedding=embedding, magnitude=float(np.linalg.norm(embedding)))
 
     def sketch(self, image: NDArray[np.uint8] | Encoded, target: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -220,7 +218,7 @@ class Scorer:
         seen = walk(logits, rows, self.classes, neighbour_products(grids), len(grids))
         vector = embedding_of(seen.wide, axis(logits.shape[2], rows.shape[1]), grids, rows.size)
         # Where any class is allowed the gradient is 0; the embedding is another one there.
-        magnitude = 0.0 if (rows == self.classes.any_row).all() else float(np.linalg.norm(vector))
+        magnitude = 0.0 if seen.own else float(np.linalg.norm(vector))
         return ImageScore(
             **finite(measures(seen, magnitude)),
             embedding=vector,

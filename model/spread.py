@@ -91,7 +91,7 @@ def foreseen(vectors: Floats, nearest: Floats, weight: Floats, wish: Floats, fir
     while len(chosen) < AHEAD:
         near = np.maximum(near, cosines[chosen[-1]])
         hope = weight[few] * np.clip(1 - near, 0, 2)
-        hope[[*chosen]] = -1
+        hope[chosen] = -1
         chosen.append(int(hope.argmax()))
     return [int(few[i]) for i in chosen]
 

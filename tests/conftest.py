@@ -18,7 +18,7 @@ import requests
 from numpy.typing import NDArray
 
 from backend.context import Context, connect
-from backend.embedded import LOOPBACK, Studio, free_port, start_redis, start_serve, start_studio, start_worker
+from backend.embedded import Studio, backend_settings, start_redis, start_serve, start_studio, start_worker
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
 from model.field import render
@@ -102,20 +102,9 @@ class Backends:
 
     def start(self, worker: bool = True, **settings: str) -> Backend:
         """A backend with these settings."""
-        port = free_port()
-        folder = self.folder / f"backend-{port}"
+        folder, redis_url = self.folder / f"backend-{next(FOLDERS)}", f"{self.redis_url}/{next(DATABASES)}"
         folder.mkdir()
-        environment = {
-            **QUICK,
-            "REDIS_URL": f"{self.redis_url}/{next(DATABASES)}",
-            "LABEL_STUDIO_URL": self.studio.url,
-            "LABEL_STUDIO_API_KEY": self.studio.token,
-            "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
-            "FIRSTROW_PORT": str(port),
-            "FIRSTROW_STORE": str(folder / "store"),
-            "FIRSTROW_CACHE": str(folder / "cache"),
-            **settings,
-        }
+        environment = {**QUICK, **backend_settings(folder, redis_url, self.studio), **settings}
         inner = self.stack.enter_context(ExitStack())
         inner.enter_context(start_serve(folder, environment))
         if worker:
@@ -131,6 +120,7 @@ class Backends:
 
 
 DATABASES = itertools.count(1)
+FOLDERS = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
