@@ -99,7 +99,7 @@ def plan_round(ctx: Context, project: Project, number: int, forced: bool) -> Non
     project.save_index(index)
     ctx.board.taken(project.id)
     count_votes(ctx, project, index, config)
-    due = forced or len(untrained_labels(project, index)) >= ctx.settings.retrain_every
+    due = forced or len(untrained_labels(project, index, config.classes)) >= ctx.settings.retrain_every
     if due and labelled(index):
         after = [ctx.board.enqueue("train", project.id, number)]
         ctx.board.enqueue("plan_scores", project.id, number, after=after)

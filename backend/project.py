@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backend import named_maps
 from backend.label_config import ProjectConfig, parse
 from backend.store import Store
 from model.classes import MIXED, UNKNOWN
 from model.clusters import DEFAULT_K, Codebook
+
+log = logging.getLogger(__name__)
 
 Stage = Literal["new", "coarse", "returned", "full"]
 #: `model_version` of the predictions that keep a person's coarse labels after their annotation was deleted.
@@ -102,7 +106,7 @@ class Project:
             ConfigError: it cannot be used, or none was ever saved (then with an empty config's message).
         """
         saved = self.store.read_json(self.key("config.json")) or {}
-        return parse(saved.get("label_config", ""), saved.get("extra", {}).get("groups"))
+        return parse(saved.get("label_config", ""), recorded=saved.get("extra"))
 
     def extra(self) -> dict[str, Any]:
         """What `attach` recorded in Label Studio: groups, image hosts, what was there before."""
@@ -149,16 +153,54 @@ class Project:
         """Where the network's mask of a task lies (class and confidence, side by side)."""
         return self.key("predictions", model, f"{task}.png")
 
-    def save_prediction(self, model: str, task: int, prediction: NDArray[np.uint8], sure: NDArray[np.uint8]) -> None:
-        """Keep the network's class (H, W) and confidence (H, W, 0..255) of every pixel."""
-        self.store.write_map(self.prediction_key(model, task), np.hstack([prediction, sure]))
+    def save_prediction(
+        self, model: str, task: int, prediction: NDArray[np.uint8], sure: NDArray[np.uint8], names: Sequence[str]
+    ) -> None:
+        """Keep the network's class (H, W), by number in `names`, and confidence (H, W, 0..255) of every pixel."""
+        self.write_named(self.prediction_key(model, task), np.hstack([prediction, sure]), names)
 
-    def prediction(self, model: str, task: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
-        """The network's class and confidence of every pixel, None when not scored by this model."""
-        both = self.store.read_map(self.prediction_key(model, task)) if model else None
+    def prediction(
+        self, model: str, task: int, names: Sequence[str]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """The network's class, by number in `names`, and confidence of every pixel; None when not scored by it."""
+        both = self.read_named(self.prediction_key(model, task)) if model else None
         if both is None:
             return None
-        return both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+        values, before = both
+        width = values.shape[1] // 2
+        return named_maps.renumbered(values[:, :width], before, names), values[:, width:]
+
+    def save_labels(self, task: int, mask: NDArray[np.uint8], config: ProjectConfig) -> None:
+        """Keep a task's annotation mask (H, W): fine class or IGNORE."""
+        self.write_named(self.label_key(task), mask, config.classes.fine)
+
+    def labels(self, task: int, config: ProjectConfig) -> NDArray[np.uint8] | None:
+        """A task's annotation mask (H, W) in the fine classes of today; None without one."""
+        saved = self.read_named(self.label_key(task))
+        return None if saved is None else named_maps.renumbered(*saved, config.classes.fine)
+
+    def save_own_coarse(self, task: int, mask: NDArray[np.uint8], config: ProjectConfig) -> None:
+        """Keep the coarse mask (H, W) that a person gave a task: coarse class, MIXED or UNKNOWN."""
+        self.write_named(self.coarse_key(task), mask, config.classes.coarse)
+
+    def own_coarse(self, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
+        """The coarse mask that a person gave a task, in the coarse classes of today; None without one."""
+        saved = self.read_named(self.coarse_key(record.id)) if record.coarse else None
+        return None if saved is None else named_maps.renumbered(*saved, config.classes.coarse)
+
+    def write_named(self, key: str, values: NDArray[np.uint8], names: Sequence[str]) -> None:
+        """Keep a map (H, W) with the names of its values."""
+        self.store.write(key, named_maps.encode(values, names))
+
+    def read_named(self, key: str) -> tuple[NDArray[np.uint8], tuple[str, ...]] | None:
+        """A map and the names of its values; None without one. A damaged one is removed, so that it is made again."""
+        data = self.store.read(key)
+        try:
+            return None if data is None else named_maps.decode(data)
+        except ValueError as error:
+            log.warning("%s: %s; it is made again", key, error)
+            self.store.delete(key)
+            return None
 
     def state(self) -> dict[str, Any]:
         """The small state written at each publish; empty before the first."""
@@ -169,14 +211,17 @@ class Project:
         for name in ("state.json", "ranking.json", "generations.json", "served.json"):
             self.store.delete(self.key(name))
 
-    def decided(self) -> NDArray[np.uint8]:
+    def save_votes(self, decided: NDArray[np.uint8], voters: int, config: ProjectConfig) -> None:
+        """Keep the coarse class of each cluster, by name, and how many tasks have voted."""
+        names = dict(enumerate(config.classes.coarse))
+        rows = [names.get(int(value), int(value)) for value in decided]
+        self.store.write_json(self.key("votes.json"), {"clusters": rows, "voters": voters})
+
+    def decided(self, config: ProjectConfig) -> NDArray[np.uint8]:
         """(k,) coarse class of each cluster by the votes so far; MIXED and UNKNOWN allow every class."""
         saved = self.store.read_json(self.key("votes.json")) or {}
-        return np.array(saved.get("decided", [UNKNOWN] * DEFAULT_K), np.uint8)
-
-    def own_coarse(self, record: TaskRecord) -> NDArray[np.uint8] | None:
-        """The coarse mask that a person gave this task, None without one."""
-        return self.store.read_map(self.coarse_key(record.id)) if record.coarse else None
+        number = {name: value for value, name in enumerate(config.classes.coarse)} | {MIXED: MIXED}
+        return np.array([number.get(row, UNKNOWN) for row in saved.get("clusters", [None] * DEFAULT_K)], np.uint8)
 
 
 def pool(index: Index) -> list[TaskRecord]:

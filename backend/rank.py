@@ -103,7 +103,7 @@ def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectCon
         return []
     everyone = [index[i] for i in sorted(index) if not index[i].error]
     counts = histograms(everyone, clusters)
-    wanted = coarse_wanted(ctx, everyone, counts, project.decided())
+    wanted = coarse_wanted(ctx, everyone, counts, project.decided(config))
     if not wanted:
         return []
     chosen = [i for i, r in enumerate(everyone) if r.coarse or r.labelled]
@@ -125,22 +125,24 @@ def coarse_wanted(
     return int(enough > 0 and ctx.settings.clusters == "codebook" and undecided > UNDECIDED and done < MOST * enough)
 
 
-def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[tuple[int, float]]:
-    """A guess for each cluster of one task: (coarse class, how sure, 0..1).
+def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[tuple[str, float]]:
+    """A guess for each cluster of one task: (name of the coarse class, how sure, 0..1).
 
     By what is known, the best first: the votes so far, the network's mask, a vegetation index, else the background.
     """
-    clusters, decided = clusters_name(ctx, project), project.decided()
+    clusters, decided = clusters_name(ctx, project), project.decided(config)
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     if labels is None:
         return []
     key = network_key(ctx, project, config.classes)
-    seen = project.prediction(key, record.id) if is_trained(ctx, key) else None
+    seen = project.prediction(key, record.id, config.classes.fine) if is_trained(ctx, key) else None
     green = None
     if seen is None and len(config.classes.coarse) == 2:
         image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
         green = vegetation_guess(image, labels, len(decided))
-    return [guess(k, decided, labels, None if seen is None else seen[0], green, config) for k in range(len(decided))]
+    fine = None if seen is None else seen[0]
+    each = [guess(k, decided, labels, fine, green, config) for k in range(len(decided))]
+    return [(config.classes.coarse[coarse], sure) for coarse, sure in each]
 
 
 def guess(
@@ -156,8 +158,9 @@ def guess(
         return int(decided[k]), 1.0
     here = labels == k
     if seen is not None and here.any():
-        groups = np.bincount(np.asarray(config.classes.coarse_of())[seen[here]], minlength=len(config.classes.coarse))
-        return int(groups.argmax()), float(groups.max() / groups.sum())
+        coarse = config.classes.coarse_table()[seen[here]]
+        groups = np.bincount(coarse[coarse != UNKNOWN], minlength=len(config.classes.coarse))
+        return int(groups.argmax()), float(groups.max() / max(groups.sum(), 1))
     if green is not None and np.isfinite(green[k]):
         return int(green[k] > 0.5), float(max(green[k], 1 - green[k]))
     return 0, 1.0 / len(config.classes.coarse)
