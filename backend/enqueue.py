@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import orjson
 from redis import Redis
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
@@ -28,8 +29,10 @@ TIMEOUT = 900
 CURVE_TIMEOUT = 7 * 24 * 3600
 KEEP_RESULT = 3600
 KEEP_FAILURE = 7 * 24 * 3600
-#: Seconds for which a deletion made by ourselves is recognised when its event comes.
+#: Seconds for which an update made by ourselves is recognised when its event comes.
 OURS = 3600
+#: Seconds that an update by a person is kept which came while we were changing the same annotation.
+KEEP_UPDATE = 24 * 3600
 GPU, DEFAULT = "gpu", "default"
 QUEUE_OF = {"train": GPU, "score": GPU}
 #: Steps after whose failure nothing of the round is left to run.
@@ -103,13 +106,33 @@ class Board:
         """Forget the ids handed out by `take`: the index holds their effect now."""
         self.redis.delete(_key(project, "changed:taken"), _key(project, "deleted:taken"))
 
-    def ours(self, annotation: int) -> None:
-        """Say that we are about to delete this annotation ourselves."""
-        self.redis.set(f"firstrow:ours:{annotation}", 1, ex=OURS)
+    def expect_own_update(self, annotation: int, content: str) -> None:
+        """Say that we are about to change fields of an annotation, but not its regions.
 
-    def is_ours(self, annotation: int) -> bool:
-        """Whether the deletion of this annotation was ours."""
-        return bool(self.redis.exists(f"firstrow:ours:{annotation}"))
+        Args:
+            annotation: Label Studio's annotation id.
+            content: digest of its regions.
+        """
+        self.redis.delete(f"firstrow:update:{annotation}")
+        self.redis.set(f"firstrow:ours:{annotation}", content, ex=OURS)
+
+    def own_update(self, annotation: int) -> str:
+        """Digest of the regions of an annotation that we have changed lately; empty for any other."""
+        value = self.redis.get(f"firstrow:ours:{annotation}")
+        return value.decode() if isinstance(value, bytes) else ""
+
+    def keep_update(self, annotation: int, row: Mapping[str, Any]) -> None:
+        """Keep what a person saved in an annotation while we were changing it: Label Studio may have lost it."""
+        self.redis.set(f"firstrow:update:{annotation}", orjson.dumps(row), ex=KEEP_UPDATE)
+
+    def forget_update(self, annotation: int) -> None:
+        """What `keep_update` kept is in Label Studio again, and the annotation is no longer one that we change."""
+        self.redis.delete(f"firstrow:update:{annotation}", f"firstrow:ours:{annotation}")
+
+    def missed_update(self, annotation: int) -> dict[str, Any] | None:
+        """What `keep_update` kept of an annotation; None for most."""
+        value = self.redis.get(f"firstrow:update:{annotation}")
+        return dict(orjson.loads(value)) if isinstance(value, bytes) else None
 
     # -- rounds -------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from backend.learn import train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
-from backend.publish import call_back, in_force, publish_order
+from backend.publish import call_back, in_force, mark_asked, publish_order
 from backend.rank import rank
 from backend.score import score_tasks, scored, scores_key
 from backend.sync import listing, refresh_config, sync
@@ -59,7 +59,7 @@ def start_round(ctx: Context, project: Project) -> None:
     ctx.board.clear_error(project.id)
     config = refresh_config(ctx, project)
     index, read = sync(ctx, project, config)
-    project.save_index(index)
+    project.save_index(index, config)
     number = next_number(ctx, project)
     after = []
     if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
@@ -130,7 +130,7 @@ def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
     index, config = project.index(), project.config()
     places = rank(ctx, project, index, config)
-    called = call_back(ctx, project, index, places)
+    called = call_back(ctx, project, mark_asked(index, places), places)
     if called != index:
         index = called
         project.save_index(index)

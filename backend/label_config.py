@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -77,6 +78,12 @@ class ProjectConfig:
     classes: Classes
     background: str
     regrouped: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> str:
+        """Names all that a person's labels are read by: where it differs, they must be read again."""
+        read_by = (self.image_name, self.image_key, self.fine, self.coarse, self.classes, self.background)
+        return hashlib.sha1(repr(read_by).encode()).hexdigest()[:16]
 
     def coarse_of_label(self, label: str) -> int | None:
         """The coarse class that a label on a cluster stands for; None for Mixed and for labels that are gone.

@@ -18,9 +18,9 @@ from model.clusters import DEFAULT_K, Codebook
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["new", "coarse", "returned", "full"]
-#: `model_version` of the predictions that keep a person's coarse labels after their annotation was deleted.
-COARSE_COPY = "coarse-labels"
+Stage = Literal["new", "coarse", "returned", "full", "other"]
+#: Changes when records get another meaning: an index of another format is made anew.
+FORMAT = 2
 #: Places at the head of the queue for which coarse-labelled tasks are called back and prelabels travel along.
 HEAD = 10
 
@@ -34,7 +34,8 @@ class TaskRecord:
         image: the task's value of the image key, empty when it has none.
         updated_at: Label Studio's time stamp of the task.
         stage: `new` (no annotation), `coarse` (only clusters labelled, so Label Studio does not serve it),
-            `returned` (coarse labels copied to a prediction, open for full segmentation), `full`.
+            `returned` (coarse labels set aside, open for full segmentation), `full`, `other` (annotated without a
+            mask, for example by a choice alone; Label Studio does not serve it again).
         annotation: id of the annotation (or of the copy, for `returned`) that our masks come from.
         version: changes whenever a person's labels of this task change.
         size: width and height of the original image in pixels, (0, 0) until it was read.
@@ -42,6 +43,9 @@ class TaskRecord:
         coarse: whether there is a coarse mask in the store.
         clusters: names the clusters of its cluster map, empty before there is one.
         counts: pixels of each cluster in that map.
+        asked: whether it was served with clusters to label.
+        callable: whether its coarse labels may be set aside: they are what we asked for, and nothing more.
+        lost: labels of its mask that are not in the label config any more; their pixels count as unknown.
     """
 
     id: int
@@ -55,6 +59,9 @@ class TaskRecord:
     coarse: bool = False
     clusters: str = ""
     counts: tuple[int, ...] = ()
+    asked: bool = False
+    callable: bool = False
+    lost: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the store."""
@@ -63,7 +70,8 @@ class TaskRecord:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TaskRecord:
         """The inverse of `to_json`."""
-        return cls(**{**row, "size": tuple(row["size"]), "counts": tuple(row.get("counts", ()))})
+        tuples = {name: tuple(row.get(name, ())) for name in ("size", "counts", "lost")}
+        return cls(**{**row, **tuples})
 
     @property
     def labelled(self) -> bool:
@@ -73,7 +81,12 @@ class TaskRecord:
     @property
     def in_pool(self) -> bool:
         """Whether Label Studio has yet to see this task segmented."""
-        return self.stage != "full"
+        return self.stage not in ("full", "other")
+
+    @property
+    def annotated(self) -> bool:
+        """Whether Label Studio counts an annotation of it."""
+        return self.stage in ("coarse", "full", "other")
 
 
 Index = dict[int, TaskRecord]
@@ -115,12 +128,21 @@ class Project:
 
     def index(self) -> Index:
         """Every task of the project as last seen, by id."""
-        rows = self.store.read_json(self.key("index.json")) or []
-        return {row["id"]: TaskRecord.from_json(row) for row in rows}
+        saved = self.store.read_json(self.key("index.json"))
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            return {}  # of another release: everything is read again from Label Studio
+        return {row["id"]: TaskRecord.from_json(row) for row in saved["tasks"]}
 
-    def save_index(self, index: Index) -> None:
-        """Replace the index."""
-        self.store.write_json(self.key("index.json"), [index[i].to_json() for i in sorted(index)])
+    def save_index(self, index: Index, config: ProjectConfig | None = None) -> None:
+        """Replace the index; `config` is the label config by which its labels were read, the same as before if None."""
+        meaning = self.index_meaning() if config is None else config.meaning
+        rows = [index[i].to_json() for i in sorted(index)]
+        self.store.write_json(self.key("index.json"), {"format": FORMAT, "meaning": meaning, "tasks": rows})
+
+    def index_meaning(self) -> str:
+        """Names the label config by which the index's labels were read; empty before the first."""
+        saved = self.store.read_json(self.key("index.json"))
+        return str(saved.get("meaning", "")) if isinstance(saved, dict) else ""
 
     def save_shard(self, step: str, number: int, shard: int, records: Iterable[TaskRecord], **more: Any) -> None:
         """Leave the tasks of one job where the job finds them: it need not read those of all others."""
@@ -144,6 +166,10 @@ class Project:
     def coarse_key(self, task: int) -> str:
         """Where the coarse mask that a person gave a task lies."""
         return self.key("coarse", f"{task}.png")
+
+    def coarse_answer_key(self, annotation: int) -> str:
+        """Where the whole of a coarse answer that was set aside lies."""
+        return self.key("coarse-answers", f"{annotation}.json")
 
     def label_key(self, task: int) -> str:
         """Where the annotation mask (fine classes) of a task lies."""
@@ -236,7 +262,7 @@ def labelled(index: Index) -> list[TaskRecord]:
 
 def stages(index: Index) -> dict[str, int]:
     """How many tasks are in each stage, and how many have an error."""
-    counts = dict.fromkeys(("new", "coarse", "returned", "full"), 0)
+    counts = dict.fromkeys(("new", "coarse", "returned", "full", "other"), 0)
     for record in index.values():
         counts[record.stage] += 1
     return {**counts, "unusable": sum(bool(record.error) for record in index.values())}
@@ -245,7 +271,7 @@ def stages(index: Index) -> dict[str, int]:
 def deleted_tasks(index: Index, annotations: Iterable[int]) -> set[int]:
     """Tasks whose annotation is among the deleted ones."""
     gone = set(annotations)
-    return {record.id for record in index.values() if record.annotation in gone and record.stage in ("coarse", "full")}
+    return {record.id for record in index.values() if record.annotation in gone and record.annotated}
 
 
 def with_error(record: TaskRecord, error: Exception) -> TaskRecord:

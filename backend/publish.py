@@ -10,7 +10,18 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from backend.connection import our_backend, signed
+from backend.coarse_answers import (
+    COARSE_COPY,
+    SKIPS,
+    active,
+    copies_of,
+    copy_of,
+    digest,
+    give_back,
+    may_be_set_aside,
+    original_of,
+)
+from backend.connection import our_backend
 from backend.context import Context
 from backend.errors import JobError, LabelStudioError
 from backend.generations import VERSION, queue_name, remember
@@ -18,7 +29,7 @@ from backend.label_config import ProjectConfig
 from backend.learn import is_trained, model_info, network_key
 from backend.prelabels import regions
 from backend.prepare import clusters_name
-from backend.project import COARSE_COPY, HEAD, Index, Project, TaskRecord, stages
+from backend.project import HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
 from backend.score import scores_key
 
@@ -193,35 +204,66 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
         ctx.studio.delete_version(project.id, version)
 
 
+def mark_asked(index: Index, places: Sequence[Place]) -> Index:
+    """The index in which each task that is about to show clusters says so."""
+    asked = {place.task: replace(index[place.task], asked=True) for place in places if place.ask == "coarse"}
+    return {**index, **asked}
+
+
 def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:
     """Open coarse-labelled tasks at the head of the order for full segmentation.
 
-    Copy first, delete second: a death in between leaves both, and the next round takes up where this one stopped.
+    Copy first, then change: a death in between leaves the annotation as it was, and the next round starts over.
     """
     index = dict(index)
     for place in places:
         record = index[place.task]
-        if record.stage == "coarse" and not record.error:
+        if record.stage == "coarse" and record.callable and not record.error:
             index[place.task] = reopen(ctx, project, record)
     return index
 
 
 def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
-    """Keep a task's coarse annotation as a prediction, then delete it, so that Label Studio serves the task again."""
+    """Set a task's coarse answers aside, so that Label Studio serves the task again.
+
+    Returns:
+        The record, as it was where anything about the task's annotations is not what was read: a person was faster,
+        and the next round looks at the task anew.
+    """
+    config, extra = project.config(), project.extra()
     task = ctx.studio.task(record.id, project.id)
-    found = [a for a in task.get("annotations") or [] if a["id"] == record.annotation]
-    if not found:
-        return record  # a person was faster: their change has its own event
-    annotation = found[0]
-    copies = [p for p in task.get("predictions") or [] if p.get("model_version") == COARSE_COPY]
-    kept = signed(annotation["result"], int(annotation["completed_by"]))
-    if not any(copy.get("result") == kept for copy in copies):
-        ctx.studio.create_prediction(record.id, kept, COARSE_COPY)
-    ctx.board.ours(annotation["id"])
+    rows, keeper = active(task), int(extra.get("keeper", 0))
+    free = all(may_be_set_aside(task, row, config, str(extra.get("since", "")), keeper) for row in rows)
+    if not rows or not free or not any(row["id"] == record.annotation for row in rows):
+        ctx.board.remember(project.id, [record.id])
+        return record
+    if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
+        ctx.board.remember(project.id, [record.id])
+        return record
+    log.info("project %d, task %d: coarse labels set aside, task open again", project.id, record.id)
+    return replace(record, stage="returned", annotation=0, callable=False)
+
+
+def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: dict[str, Any], keeper: int) -> bool:
+    """Copy an annotation, hand it to our keeper as a skipped one, and look whether it still is what was copied.
+
+    Returns:
+        Whether it is; else a person has changed it meanwhile, and it is theirs again.
+    """
+    content, number = digest(annotation), int(annotation["id"])
+    project.store.write_json(project.coarse_answer_key(number), {"task": task["id"], "annotation": annotation})
+    known = {int(row["id"]): original_of(row) for row in copies_of(task)}
+    same = [copy for copy, row in known.items() if row.get("id") == number and digest(row) == content]
+    copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
+    ctx.board.expect_own_update(number, content)
+    fields = {"was_cancelled": True, "completed_by": keeper, **SKIPS[str(project.extra()["skips"])]}
     try:
-        ctx.studio.delete_annotation(annotation["id"])
+        if digest(ctx.studio.annotation(number)) == content:
+            if digest(ctx.studio.patch_annotation(number, **fields)) == content:
+                return True
+            give_back(ctx.studio, number, annotation)
     except LabelStudioError as error:
         if error.status != 404:
             raise
-    log.info("project %d, task %d: coarse labels kept as %s, task open again", project.id, record.id, COARSE_COPY)
-    return replace(record, stage="returned", annotation=0)
+    ctx.studio.delete_prediction(copy)
+    return False

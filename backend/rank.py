@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.coarse_answers import SKIPS
 from backend.context import Context
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, network_key
@@ -47,12 +48,12 @@ def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) ->
 
     First come the tasks whose coarse labels cover the pool best, while coarse labels are wanted; then the strategy's
     order; then tasks without a score. A coarse-labelled task is not in the order while coarse labels are wanted, nor
-    further back than `HEAD`: it is not called back before it is wanted.
+    further back than `HEAD`: it is not called back before it is wanted. One that may not be set aside is in no order.
     """
     asked = coarse_asks(ctx, project, index, config)
     places = [Place(task, "coarse", float("nan"), {"coverage": share}) for task, share in asked]
     first = {place.task for place in places}
-    rest = [r for r in pool(index) if r.id not in first]
+    rest = [r for r in pool(index) if r.id not in first and (r.stage != "coarse" or r.callable)]
     places += strategy_order(ctx, project, index, config, rest)
     head = 0 if asked else HEAD
     return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < head]
@@ -98,9 +99,9 @@ def reasoned(tasks: Sequence[int], ranking: Ranking, i: int) -> Place:
 
 def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[tuple[int, float]]:
     """Tasks to be labelled coarsely next, best cover of the pool first, with the share each one adds."""
-    clusters = clusters_name(ctx, project)
-    if config.coarse is None or not clusters:
-        return []
+    clusters, extra = clusters_name(ctx, project), project.extra()
+    if config.coarse is None or not clusters or not extra.get("keeper") or extra.get("skips") not in SKIPS:
+        return []  # what cannot be set aside is not asked for: it would keep its task from being segmented
     everyone = [index[i] for i in sorted(index) if not index[i].error]
     counts = histograms(everyone, clusters)
     wanted = coarse_wanted(ctx, everyone, counts, project.decided(config))
