@@ -144,6 +144,7 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
     network = train(
         network, full, weak, config.classes, recipe, device(), lambda done, total, loss: progress(done, total)
     )
+    ctx.board.go_on(project.id)
     network_to(project, version, network, config.classes, ctx)
     trained = {str(record.id): record.version for record in labelled(index)}
     info = {"version": version, "trained": trained, "classes": list(config.classes.fine), "note": note}

@@ -54,6 +54,7 @@ def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
         progress(done + 1, len(ids))
     if samples:
         book = fit(np.concatenate(samples), DEFAULT_K, rng)
+        ctx.board.go_on(project.id)
         project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(index)})
 
 

@@ -121,6 +121,10 @@ class Project:
         saved = self.store.read_json(self.key("config.json")) or {}
         return parse(saved.get("label_config", ""), recorded=saved.get("extra"))
 
+    def label_config(self) -> str:
+        """The label config's text as last saved."""
+        return str((self.store.read_json(self.key("config.json")) or {}).get("label_config", ""))
+
     def extra(self) -> dict[str, Any]:
         """What `attach` recorded in Label Studio: groups, image hosts, what was there before."""
         saved = self.store.read_json(self.key("config.json")) or {}

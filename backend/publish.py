@@ -64,18 +64,32 @@ def publish_order(
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
         state["queue"] = served["queue"]
-    ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
-    project.store.write_json(project.key("state.json"), state)
+    ctx.board.go_on(project.id)
+    answer_for(ctx, project, state)
     if served is not None:
         move_head(ctx, project, config, tasks, state, served)
     elif places:
         send(ctx, project, config, places, state)
+        ctx.board.go_on(project.id)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
         project.store.write_json(project.key("served.json"), {"queue": state["queue"], "tasks": tasks, "changes": 0})
     remember(project, number, tasks, state["queue"])
     project.store.write_json(project.key("ranking.json"), [dict(vars(place)) for place in places])
+    project.store.write_json(project.key("state.json"), state)  # the last word: this order is served
+    ctx.board.set_state(project.id, state)
     return state
+
+
+def answer_for(ctx: Context, project: Project, state: dict[str, Any]) -> None:
+    """Have `/setup` and `/predict` answer for an order that is about to be served.
+
+    Only for what they answer from: `round`, `queue` and `basis` name the order that is served, until this one is.
+    """
+    answered = {name: state[name] for name in ("version", "model", "clusters", "coarse")}
+    before = project.state()
+    if before:
+        ctx.board.set_state(project.id, {**before, **answered})
 
 
 def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, Any] | None:
@@ -109,6 +123,7 @@ def move_head(
     served = {**served, "changes": served["changes"] + bool(head)}
     project.store.write_json(project.key("served.json"), served)
     for position, task in enumerate(head):  # the first one first: it is what the next person gets
+        ctx.board.go_on(project.id)
         result = regions(project, config, task, state)
         score = head_score(served["changes"], position)
         ctx.studio.create_prediction(task, result, served["queue"], score)
@@ -166,11 +181,16 @@ def basis(ctx: Context, project: Project, index: Index, config: ProjectConfig) -
 
 
 def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
-    """Whether the order that Label Studio sorts by now was made from just what we know."""
-    state = ctx.board.state(project.id)
-    if not state or state.get("basis") != basis(ctx, project, index, config):
+    """Whether the order that Label Studio sorts by now was made from just what we know, and all that tells is there."""
+    state, store = project.state(), project.store  # the store's: Redis may tell of an order that was never served
+    if not state or state.get("basis") != basis(ctx, project, index, config) or not ctx.board.state(project.id):
         return False
-    return bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
+    if any(store.read_json(project.key(name)) is None for name in ("ranking.json", "generations.json")):
+        return False
+    if not state["tasks"]:
+        return True
+    served = store.read_json(project.key("served.json")) is not None
+    return served and bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
 
 
 def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]) -> None:
@@ -190,6 +210,7 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
     delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
+        ctx.board.go_on(project.id)
         created = ctx.studio.import_predictions(project.id, chunk)
         if created != len(chunk):
             raise JobError(

@@ -29,7 +29,7 @@ from backend.coarse_answers import (
 from backend.connection import OURS, note_of, our_backend
 from backend.context import Context
 from backend.errors import ImageFetchError, LabelStudioError, MaskError
-from backend.label_config import MIXED_LABEL, ProjectConfig
+from backend.label_config import MIXED_LABEL, ProjectConfig, parse
 from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks, with_error
 from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
@@ -42,15 +42,26 @@ FEW = 50
 Source = dict[str, Any] | None
 
 
-def refresh_config(ctx: Context, project: Project) -> ProjectConfig:
-    """Read the label config, and what `attach` recorded, from Label Studio into the store."""
+def refresh_config(ctx: Context, project: Project, save: bool = True) -> ProjectConfig:
+    """Read the label config, and what `attach` recorded, from Label Studio into the store.
+
+    Args:
+        ctx: the doors.
+        project: whose config it is.
+        save: False while a round runs: it goes on with the config that it began with, or starts anew.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     seen = ctx.studio.project(project.id)
     ours = our_backend(ctx.studio, project.id, ctx.settings)
     names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
     extra = {"round": max(rounds, default=0), "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
-    project.save_config(seen["label_config"], {**note_of(ours), **extra})
-    return project.config()
+    note = {**note_of(ours), **extra}
+    if save:
+        project.save_config(seen["label_config"], note)
+    return parse(seen["label_config"], recorded=note)
 
 
 def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, set[int]]:
