@@ -220,14 +220,17 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
     if coarse is None or (coarse == "file" and file is None):
         raise AttachRefused(
             f"people gave {count} coarse labels: say what becomes of them. `--coarse keep` leaves them as annotations "
-            "of their authors, and in the label config the control that they need; `--coarse file --file PATH` saves them "
-            "to a file and deletes them, so that nothing of First Row is left"
+            "of their authors, and the control that they need in the label config; `--coarse file --file PATH` saves "
+            "them to a file and deletes them, so that nothing of First Row is left"
         )
     if coarse == "file" and file is not None:
         text = f"Save {count} coarse labels to {file}, then delete them; the {len(here.answers)} tasks are free again."
         yield Undo(text, lambda: answers_to_file(here, file))
         return
     aside = sum(bool(copies_of(task)) for task in here.answers)
+    if not aside:
+        yield Undo(f"Leave {count} coarse labels where they are, as annotations.", list)
+        return
     yield Undo(
         f"Give the coarse labels of {aside} tasks back to their authors, as annotations; those that this release set "
         "aside keep their ids and times.",

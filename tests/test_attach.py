@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from backend import app, attach
-from backend.connection import FLAGS, SECRET_HEADER, signed, unsigned
+from backend.coarse_answers import copy_of, original_of
+from backend.connection import FLAGS, SECRET_HEADER, keeper_address
 from backend.embedded import Studio, start_studio
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
 from backend.label_config import parse
@@ -121,6 +122,7 @@ def state(door: LabelStudio, project: int) -> dict[str, Any]:
     flags = ("label_config", "model_version", *FLAGS)
     return {
         **{flag: row[flag] for flag in flags},
+        "keeper": [user["email"] for user in door.users() if user["email"] == keeper_address(project)],
         "tabs": [view["data"] for view in door.views(project)],
         "backends": [(b["id"], b["title"], b["url"]) for b in door.ml_backends(project)],
         "webhooks": [(w["id"], w["url"], w["headers"]) for w in door.webhooks(project)],
@@ -171,7 +173,7 @@ def test_attach_then_detach_leaves_the_project_as_it_was(
     assert parse(after["label_config"]).coarse is not None
     assert "the team's own words stay" in after["label_config"]
     said = list(attach.detach(door, project, settings))
-    assert any("Disconnected" in sentence for sentence in said)
+    assert any("Disconnect the ML backend" in sentence for sentence in said)
     assert state(door, project) == before
     assert list(attach.detach(door, project, settings)) == [f"Project {project} has no ML backend of ours."]
 
@@ -308,7 +310,7 @@ def test_versions_of_others_stay(door: LabelStudio, project: int, settings: Sett
     assert attach.check(door, project, settings) == ["Set model_version = first-row-4 (now theirs)."]
     attach.apply(attach.plan(door, project, settings))
     said = list(attach.detach(door, project, settings))
-    assert "Deleting 3 predictions of 'first-row-4' ..." in said
+    assert "Delete 3 predictions of 'first-row-4'." in said
     assert state(door, project) == before
 
 
@@ -345,7 +347,8 @@ def test_coarse_annotations_keep_their_control(door: LabelStudio, project: int, 
     door.create_annotation(task, [coarse_region()])
     attached = door.project(project)["label_config"]
     said = list(attach.detach(door, project, settings))
-    assert "Kept the control for coarse labels: annotations use it." in said
+    assert "Leave 1 coarse labels where they are, as annotations." in said
+    assert any(sentence.startswith("Kept the control for coarse labels: annotations use it") for sentence in said)
     assert door.project(project)["label_config"] == attached
     assert door.project(project)["sampling"] == "Sequential sampling"
 
@@ -355,29 +358,31 @@ def test_coarse_copies_become_annotations_again(door: LabelStudio, project: int,
     waiting, done, again = (task["id"] for task in door.tasks(project))
     author = door.whoami()["id"]
     for task in (waiting, done, again):
-        door.create_prediction(task, signed([coarse_region()], author), "coarse-labels")
+        copy = [{**coarse_region(), "meta": {**coarse_region()["meta"], "completed_by": author}}]
+        door.create_prediction(task, copy, "coarse-labels")  # as releases did that deleted the annotation
     door.create_annotation(done, [{**coarse_region("f1"), "from_name": "seg", "value": FINE}])
     door.create_annotation(again, [coarse_region()])  # a detach that died before it deleted the copy
     said = list(attach.detach(door, project, settings))
-    assert "Made the coarse labels of 1 tasks annotations again." in said
-    assert any("Left the coarse labels of 1 annotated tasks" in sentence for sentence in said)
+    assert any(sentence.startswith("Give the coarse labels of 3 tasks back") for sentence in said)
     [restored] = door.task(waiting, project)["annotations"]
     assert restored["completed_by"] == author
     assert {**coarse_region(), "origin": restored["result"][0].get("origin")} == {
         "origin": None,
         **restored["result"][0],
     }
-    assert door.versions(project) == {"coarse-labels": 1}
+    assert door.versions(project) == {}
     assert len(door.task(again, project)["annotations"]) == 1
+    assert sorted(len(a["result"]) for a in door.task(done, project)["annotations"]) == [1, 1]
 
 
 FINE = {"format": "rle", "rle": [0, 0, 0, 32], "brushlabels": ["Crop"]}
 
 
-def test_signing_is_undone_exactly() -> None:
+def test_a_copy_holds_the_whole_annotation() -> None:
     regions = [coarse_region(), {"id": "x", "from_name": "coarse"}]
-    assert unsigned(signed(regions, 7)) == (regions, 7)
-    assert unsigned(regions) == (regions, None)
+    annotation = {"id": 7, "completed_by": 3, "lead_time": 4.5, "created_at": "2026-01-01T00:00:00Z", "result": regions}
+    assert original_of({"result": copy_of(annotation)}) == annotation
+    assert original_of({"result": regions}) == {"completed_by": None, "result": regions}
 
 
 def test_a_moved_backend(

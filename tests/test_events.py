@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from backend.coarse_answers import digest
 from backend.enqueue import Board
 from backend.events import Event, EventError, handle, parse, project_id
 
 PROJECT = {"id": 22, "title": "field", "label_config": "<View/>", "sampling": "Uncertainty sampling"}
 ANNOTATION = {"id": 169, "task": 31, "project": 22, "completed_by": 1, "was_cancelled": False, "result": []}
 TASK = {"id": 31, "data": {"image": "/data/upload/22/a.jpg"}, "project": 22}
+UPDATED = Event("ANNOTATION_UPDATED", 22, (31,), annotation=ANNOTATION)
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def payload(action: str, **more: Any) -> dict[str, Any]:
     ("body", "event"),
     [
         (payload("ANNOTATION_CREATED", annotation=ANNOTATION, task=TASK), Event("ANNOTATION_CREATED", 22, (31,))),
-        (payload("ANNOTATION_UPDATED", annotation=ANNOTATION, task=TASK), Event("ANNOTATION_UPDATED", 22, (31,))),
-        (payload("ANNOTATION_UPDATED", annotation=ANNOTATION), Event("ANNOTATION_UPDATED", 22, (31,))),
+        (payload("ANNOTATION_UPDATED", annotation=ANNOTATION, task=TASK), UPDATED),
+        (payload("ANNOTATION_UPDATED", annotation=ANNOTATION), UPDATED),
         (
             payload("ANNOTATION_CREATED", annotation={**ANNOTATION, "was_cancelled": True}, task=TASK),
             Event("ANNOTATION_CREATED", 22, (31,)),
@@ -107,12 +109,17 @@ def test_a_change_is_remembered_and_asks_for_a_round(board: Board) -> None:
     assert [job.id for job in board.queue("default").jobs] == [first]
 
 
-def test_our_own_deletions_are_not_events(board: Board) -> None:
-    board.ours(169)
-    assert handle(Event("ANNOTATIONS_DELETED", 22, deleted=(169,)), board) is None
+def test_our_own_updates_are_not_events_and_a_persons_is_kept(board: Board) -> None:
+    board.expect_own_update(169, digest(ANNOTATION))
+    assert handle(UPDATED, board) is None
     assert board.take(22) == (set(), set())
-    assert handle(Event("ANNOTATIONS_DELETED", 22, deleted=(169, 170)), board)
-    assert board.take(22) == (set(), {170})
+    theirs = {**ANNOTATION, "result": [{"id": "drawn"}]}
+    assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation=theirs), board)
+    assert board.take(22) == ({31}, set())
+    assert board.missed_update(169) == theirs
+    board.forget_update(169)
+    assert board.missed_update(169) is None
+    assert handle(UPDATED, board), "no longer ours"
 
 
 def test_an_empty_list_changes_nothing(board: Board) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +14,16 @@ import numpy as np
 import pytest
 from conftest import Backend
 from numpy.typing import NDArray
+from team import Team, stages
 
-from backend.annotator import Annotator, prelabel, shown_prediction
-from backend.attach import apply, plan
-from backend.connection import signed
+from backend.annotator import prelabel, shown_prediction
+from backend.coarse_answers import COARSE_COPY, copy_of
 from backend.embedded import start_serve, start_worker
 from backend.generations import KEEP_ORDERS, clean_generations, expired
-from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
-from backend.project import COARSE_COPY, Project
 from backend.regions import fine_regions, to_mask
 from backend.score import read_scores
 from model.data import Folder
-
-SEG = """<View><Image name="photo" value="$picture"/><{tag} name="seg" toName="photo">
-<Label value="soil"/><Label value="crop"/><Label value="weed"/></{tag}></View>"""
-GROUPS = {"Soil": ["soil"], "Plant": ["crop", "weed"]}
-Masks = Mapping[int, NDArray[np.uint8]]
-
-
-class Team:
-    """A project with pictures, its hidden masks, and an annotator."""
-
-    def __init__(self, backend: Backend, pictures: Mapping[Path, NDArray[np.uint8]], tag: str = "BrushLabels") -> None:
-        self.backend, self.studio = backend, backend.context.studio
-        self.id = int(self.studio.create_project("field", SEG.format(tag=tag))["id"])
-        ids = self.studio.upload(self.id, list(pictures))
-        self.masks: Masks = dict(zip(ids, pictures.values(), strict=True))
-        self.project = Project(backend.context.store, self.id)
-
-    def attach(self) -> int:
-        """Attach the project; returns the first round that has an order."""
-        apply(plan(self.studio, self.id, self.backend.context.settings, GROUPS))
-        self.backend.context.board.request_round(self.id, "attached")
-        return self.wait()
-
-    def wait(self, after: int = 0) -> int:
-        return self.backend.wait(self.id, after)
-
-    @property
-    def config(self) -> ProjectConfig:
-        return parse(self.studio.project(self.id)["label_config"], GROUPS)
-
-    def annotator(self, studio: LabelStudio | None = None) -> Annotator:
-        return Annotator(studio or self.studio, self.id, self.config, self.masks)
-
-    def ranking(self) -> list[int]:
-        return [row["task"] for row in self.project.store.read_json(self.project.key("ranking.json"))]
-
-    def coarse(self) -> int:
-        """Give every coarse label that is asked for; returns the round after."""
-        while self.backend.context.board.state(self.id)["phase"] == "coarse":
-            before = self.backend.round(self.id)
-            assert self.annotator().label_next().ask == "coarse"  # type: ignore[union-attr]
-            self.wait(before)
-        return self.backend.round(self.id)
-
-    def segment(self, task: int) -> None:
-        """Segment one task, whatever Label Studio would serve."""
-        annotator = self.annotator()
-        self.studio.create_annotation(task, annotator.full_result(task))
-
-
-def stages(team: Team) -> dict[int, str]:
-    return {record.id: record.stage for record in team.project.index().values()}
 
 
 def test_the_loop_from_clusters_to_a_new_order(
@@ -90,11 +36,11 @@ def test_the_loop_from_clusters_to_a_new_order(
     assert served["id"] == team.ranking()[0]
     shown = prelabel(served)
     assert {region["from_name"] for region in shown} == {"coarse"}
-    assert {region["value"]["brushlabels"][0] for region in shown} <= {"Soil", "Plant"}
+    assert {region["value"]["brushlabels"][0] for region in shown} <= {"Soil (cluster)", "Plant"}
     assert all(region["meta"]["cluster"] == int(region["id"][2:].split("_")[0]) for region in shown)
 
     team.coarse()
-    votes = team.project.decided()
+    votes = team.project.decided(team.config)
     assert {0, 1} <= set(votes.tolist()), "two coarse labels name clusters of soil and of plants"
     kept = {p["model_version"] for t in team.masks for p in team.studio.predictions(t)}
     assert COARSE_COPY in kept, "a coarse label is kept when its task comes back"
@@ -200,15 +146,13 @@ def test_a_death_between_copy_and_delete_loses_nothing(
     assert work is not None
     team.wait(first)
     annotation = team.studio.task(work.task, team.id)["annotations"][0]
-    team.studio.create_prediction(
-        work.task, signed(annotation["result"], int(annotation["completed_by"])), COARSE_COPY
-    )  # as if a publish had died here
+    team.studio.create_prediction(work.task, copy_of(annotation), COARSE_COPY)  # as if a publish had died here
     second = team.annotator().label_next()
     assert second is not None
     team.wait(team.backend.round(team.id))
     task = team.studio.task(work.task, team.id)
     copies = [p for p in task["predictions"] if p["model_version"] == COARSE_COPY]
-    assert task["annotations"] == []
+    assert [(row["id"], row["was_cancelled"]) for row in task["annotations"]] == [(annotation["id"], True)]
     assert len(copies) == 1, "taken up where it stopped, not copied twice"
     assert len(copies[0]["result"]) == len(annotation["result"])
 
@@ -242,14 +186,14 @@ def test_everything_is_rebuilt_from_label_studio(
     team.coarse()
     team.segment(team.ranking()[0])
     before = team.wait(backend.round(team.id))
-    was, votes = stages(team), team.project.decided().tolist()
+    was, votes = stages(team), team.project.decided(team.config).tolist()
     backend.context.store.delete_prefix(f"projects/{team.id}")
     backend.context.board.forget(team.id)
     backend.context.board.request_round(team.id, "the store was lost")
     after = team.wait(before)
     assert after > before, "rounds go on counting"
     assert stages(team) == was
-    assert team.project.decided().tolist() == votes
+    assert team.project.decided(team.config).tolist() == votes
 
 
 @pytest.mark.parametrize("tag", ["BrushLabels", "BitmaskLabels", "PolygonLabels"])
@@ -343,7 +287,7 @@ def test_clusters_of_each_image_by_itself(
     assert work.ask == "coarse"
     team.wait(first)
     record = team.project.index()[work.task]
-    own = team.project.own_coarse(record)
+    own = team.project.own_coarse(record, team.config)
     assert own is not None
     truth = cv2.resize(team.masks[work.task], own.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     assert ((own == 1) == (truth > 0)).mean() > 0.8

@@ -1,0 +1,68 @@
+"""A project of a team with hidden masks, and people who label it: for the tests on a real Label Studio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from conftest import Backend
+from numpy.typing import NDArray
+
+from backend.annotator import Annotator
+from backend.attach import apply, plan
+from backend.label_config import ProjectConfig, parse
+from backend.labelstudio import LabelStudio
+from backend.project import Project
+
+SEG = """<View><Image name="photo" value="$picture"/><{tag} name="seg" toName="photo">
+<Label value="soil"/><Label value="crop"/><Label value="weed"/></{tag}></View>"""
+GROUPS = {"Soil": ["soil"], "Plant": ["crop", "weed"]}
+Masks = Mapping[int, NDArray[np.uint8]]
+
+
+class Team:
+    """A project with pictures, its hidden masks, and an annotator."""
+
+    def __init__(self, backend: Backend, pictures: Mapping[Path, NDArray[np.uint8]], tag: str = "BrushLabels") -> None:
+        self.backend, self.studio = backend, backend.context.studio
+        self.id = int(self.studio.create_project("field", SEG.format(tag=tag))["id"])
+        ids = self.studio.upload(self.id, list(pictures))
+        self.masks: Masks = dict(zip(ids, pictures.values(), strict=True))
+        self.project = Project(backend.context.store, self.id)
+
+    def attach(self) -> int:
+        """Attach the project; returns the first round that has an order."""
+        apply(plan(self.studio, self.id, self.backend.context.settings, GROUPS))
+        self.backend.context.board.request_round(self.id, "attached")
+        return self.wait()
+
+    def wait(self, after: int = 0) -> int:
+        return self.backend.wait(self.id, after)
+
+    @property
+    def config(self) -> ProjectConfig:
+        return parse(self.studio.project(self.id)["label_config"], GROUPS)
+
+    def annotator(self, studio: LabelStudio | None = None) -> Annotator:
+        return Annotator(studio or self.studio, self.id, self.config, self.masks)
+
+    def ranking(self) -> list[int]:
+        return [row["task"] for row in self.project.store.read_json(self.project.key("ranking.json"))]
+
+    def coarse(self) -> int:
+        """Give every coarse label that is asked for; returns the round after."""
+        while self.backend.context.board.state(self.id)["phase"] == "coarse":
+            before = self.backend.round(self.id)
+            assert self.annotator().label_next().ask == "coarse"  # type: ignore[union-attr]
+            self.wait(before)
+        return self.backend.round(self.id)
+
+    def segment(self, task: int) -> None:
+        """Segment one task, whatever Label Studio would serve."""
+        annotator = self.annotator()
+        self.studio.create_annotation(task, annotator.full_result(task))
+
+
+def stages(team: Team) -> dict[int, str]:
+    return {record.id: record.stage for record in team.project.index().values()}
