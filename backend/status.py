@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from backend.attach import check
 from backend.context import Context
 from backend.errors import FirstRowError
+from backend.project import Project
 from backend.worker import alive
 
 #: Places of the queue that are shown.
@@ -29,7 +31,8 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
     Returns:
         `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
         the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
-        in progress, with `done` of `total`), `workers`, `head` (first places of the queue: task, ask, utility, parts),
+        in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
+        `head` (first places of the queue: task, ask, utility, parts),
         `error` (step, message, time; None when all is well), `missing` (what `attach` would still add).
 
     Raises:
@@ -42,6 +45,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "project": project,
         **fields,
         "stages": state.get("stages", {}),
+        "labels": labels(here),
         "waiting": ctx.board.wished(project),
         "jobs": ctx.board.jobs(project),
         "workers": alive(ctx.board),
@@ -49,6 +53,29 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "error": ctx.board.error(project),
         "missing": missing(ctx, project),
     }
+
+
+def labels(project: Project) -> list[dict[str, Any]]:
+    """Labels that the label config has lost or gained: `label`, `why` (`gone`, `new`), `tasks`, `says`."""
+    try:
+        config = project.config()
+    except FirstRowError:
+        return []  # `missing` says it
+    rows = []
+    counts = Counter(label for record in project.index().values() for label in record.lost)
+    for label, tasks in sorted(counts.items()):
+        says = (
+            f"Label {label!r} is in the annotations of {tasks} tasks but not in the label config: those pixels "
+            "count as unknown. Was it renamed? Then relabel these regions, or give the label its old name back."
+        )
+        rows.append({"label": label, "why": "gone", "tasks": tasks, "says": says})
+    for label in config.regrouped:
+        group = config.classes.coarse[int(config.classes.coarse_of()[config.classes.fine.index(label)])]
+        says = (
+            f"Label {label!r} is new and counts as {group!r}: `firstrow attach --group` says otherwise, or confirms it."
+        )
+        rows.append({"label": label, "why": "new", "tasks": 0, "says": says})
+    return rows
 
 
 def missing(ctx: Context, project: int) -> list[str]:
@@ -113,6 +140,10 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield str(found["note"])
     if found["error"]:
         yield f"Last error, in {found['error']['step']}: {found['error']['message']}"
+    for row in found["labels"]:
+        yield str(row["says"])
+    if found["stages"].get("other"):
+        yield f"{found['stages']['other']} tasks are annotated without a mask: Label Studio will not serve them again."
     for sentence in found["missing"]:
         yield f"Missing: {sentence}"
 

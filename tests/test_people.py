@@ -1,0 +1,539 @@
+"""Nothing a person made is changed, lost or misread: on a real Label Studio, by the calls that its editor makes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Backend
+from numpy.typing import NDArray
+from team import GROUPS, SEG, Team, stages
+
+from backend.annotator import prelabel, shown_prediction
+from backend.attach import apply, plan
+from backend.cli import main
+from backend.coarse_answers import copies_of, digest, original_of
+from backend.connection import keeper_address
+from backend.label_config import parse
+from backend.labelstudio import LabelStudio
+from backend.publish import reopen, set_aside
+from backend.status import status
+from backend.sync import read_task, refresh_config
+
+Pictures = dict[Path, NDArray[np.uint8]]
+Share = Callable[..., Backend]
+#: What setting an annotation aside changes, and what Label Studio counts itself.
+CHANGING = {"was_cancelled", "completed_by", "updated_at", "updated_by", "created_ago", "created_username"}
+CHOICE = {"from_name": "quality", "to_name": "photo", "type": "choices", "value": {"choices": ["sharp"]}}
+WITH_CHOICE = SEG.format(tag="BrushLabels").replace(
+    "</View>",
+    '<Choices name="quality" toName="photo"><Choice value="sharp"/><Choice value="blurred"/></Choices></View>',
+)
+
+
+def annotations(team: Team) -> dict[int, dict[str, Any]]:
+    """Every annotation of a project, by id."""
+    tasks = team.studio.full_tasks(team.id, team.masks)
+    return {int(row["id"]): row for task in tasks for row in task["annotations"]}
+
+
+def lasting(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an annotation must never change."""
+    return {name: value for name, value in row.items() if name not in CHANGING}
+
+
+def answer(team: Team, studio: LabelStudio | None = None) -> dict[str, Any]:
+    """Give the next task its coarse answer; the task as it then is, without waiting for a round."""
+    work = team.annotator(studio).label_next()
+    assert work is not None
+    assert work.ask == "coarse"
+    return team.studio.task(work.task, team.id)
+
+
+def read(team: Team, task: int) -> Any:
+    """Read one task as a round does, and keep its record."""
+    project = team.project
+    config = refresh_config(team.backend.context, project)
+    record = read_task(team.backend.context, project, config, project.index()[task])
+    assert record is not None
+    project.save_index({**project.index(), task: record}, config)
+    return record
+
+
+def test_answers_without_a_mask_stand_for_ever_and_are_counted(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team.studio.patch_project(team.id, label_config=WITH_CHOICE)
+    first, second, third, fourth, empty = list(team.masks)[:5]
+    for task in (first, second):
+        team.studio.create_annotation(task, [CHOICE])
+    before = team.attach()
+    for task in (third, fourth):
+        team.studio.create_annotation(task, [CHOICE])
+    team.studio.create_annotation(empty, [])
+    before = team.wait(before)
+    made = annotations(team)
+    for _ in range(2):  # each round could call something back
+        served = team.studio.next_task(team.id)
+        assert served is not None
+        team.segment(int(served["id"]))
+        before = team.wait(before)
+    now = annotations(team)
+    assert len(made) == 5
+    assert {number: now[number] for number in made} == made
+    assert [stages(team)[task] for task in (first, second, third, fourth, empty)] == ["other"] * 5
+    assert status(team.backend.context, team.id)["stages"]["other"] == 5
+    assert not {first, second, third, fourth, empty} & set(team.ranking())
+
+
+@pytest.mark.parametrize("who", ["somebody", "the person whose key we have"])
+def test_a_coarse_answer_is_set_aside_and_nothing_of_it_is_lost(
+    share_backend: Share, make_user: Callable[[str], LabelStudio], pictures: Pictures, who: str
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    person = make_user("anna") if who == "somebody" else team.studio
+    team.attach()
+    last, before = team.backend.round(team.id), answer(team, person)
+    given = before["annotations"][0]
+    team.wait(last)
+    team.coarse()  # until no more are wanted
+    task = team.studio.task(before["id"], team.id)
+    [row] = task["annotations"]
+    assert lasting(row) == lasting(given)
+    assert row["was_cancelled"]
+    assert not task["is_labeled"]
+    copy = original_of(copies_of(task)[-1])
+    assert {**copy, "created_ago": ""} == {**given, "created_ago": ""}
+    kept = team.project.store.read_json(team.project.coarse_answer_key(row["id"]))
+    assert (kept["task"], kept["annotation"]["lead_time"]) == (task["id"], 5.0)
+    served = []
+    while task["id"] not in served:  # the same person gets it again
+        now = person.next_task(team.id)
+        assert now is not None
+        served.append(now["id"])
+        person.create_annotation(now["id"], team.annotator().full_result(now["id"]))
+
+
+@pytest.mark.parametrize("why", ["choice beside it", "ground truth", "made before", "drawn by hand"])
+def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictures: Pictures, why: str) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team.studio.patch_project(team.id, label_config=WITH_CHOICE)
+    team.attach()
+    served = team.studio.next_task(team.id)
+    assert served is not None
+    regions = prelabel(served)
+    more: dict[str, Any] = {}
+    if why == "choice beside it":
+        regions = [*regions, CHOICE]
+    if why == "ground truth":
+        more = {"ground_truth": True}
+    target = served["id"]
+    if why == "drawn by hand":  # on a task that we did not ask coarsely
+        target = team.ranking()[-1]
+        regions = [
+            {**{k: v for k, v in region.items() if k != "meta"}, "id": f"r{n}"} for n, region in enumerate(regions)
+        ]
+    made = team.studio.create_annotation(target, regions, **more)
+    record = read(team, target)
+    assert record.stage == "coarse"
+    if why == "made before":
+        ctx = team.backend.context
+        extra = {**team.project.extra(), "since": "2999-01-01T00:00:00Z"}
+        team.project.save_config(team.project.label_config(), extra)
+        record = read_task(ctx, team.project, team.project.config(), record)
+    assert record is not None
+    assert not record.callable
+    last = team.backend.round(team.id)
+    answer(team)
+    team.wait(last)
+    if why != "made before":
+        row = next(row for row in team.studio.task(target, team.id)["annotations"] if row["id"] == made["id"])
+        assert lasting(row) == lasting(made)
+        assert not row["was_cancelled"]
+        assert target not in team.ranking()
+
+
+def test_an_update_before_it_is_set_aside_stays(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    task = answer(team)
+    given = task["annotations"][0]
+    record = read(team, task["id"])
+    assert record.callable
+    whole = [*given["result"], *team.annotator().full_result(task["id"])]
+    team.studio.update_annotation(given["id"], whole)
+    assert reopen(team.backend.context, team.project, record).stage == "coarse", "nothing done"
+    assert read(team, task["id"]).stage == "full"
+    [row] = team.studio.task(task["id"], team.id)["annotations"]
+    assert (row["was_cancelled"], row["result"]) == (False, whole)
+    keeper = int(team.project.extra()["keeper"])
+    assert not set_aside(team.backend.context, team.project, task, given, keeper), "changed since it was read"
+    assert copies_of(team.studio.task(task["id"], team.id)) == []
+
+
+def test_an_open_editor_can_update_what_was_set_aside(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    task = answer(team)
+    given, author = task["annotations"][0], team.studio.whoami()["id"]
+    record = read(team, task["id"])
+    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    whole = team.annotator().full_result(task["id"])
+    team.studio.update_annotation(given["id"], whole)
+    assert read(team, task["id"]).stage == "full", "their work counts, under their name"
+    [row] = team.studio.task(task["id"], team.id)["annotations"]
+    assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, author)
+
+
+def test_an_update_that_label_studio_lost_to_ours_is_put_back(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    task = answer(team)
+    given = task["annotations"][0]
+    record, board = read(team, task["id"]), team.backend.context.board
+    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    whole = team.annotator().full_result(task["id"])
+    board.keep_update(given["id"], {**given, "result": whole})  # what our webhook was told of it
+    assert read(team, task["id"]).stage == "full"
+    [row] = team.studio.task(task["id"], team.id)["annotations"]
+    assert row["result"] == whole
+    assert board.missed_update(given["id"]) is None
+
+
+def test_updates_at_the_very_moment_are_never_lost(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    task = answer(team)
+    given, keeper = task["annotations"][0], 0
+    read(team, task["id"])
+    keeper = int(team.project.extra()["keeper"])
+    base, acknowledged, over = given["result"], [given["result"]], threading.Event()
+
+    def hammer() -> None:
+        for number in itertools.count():
+            if over.is_set():
+                return
+            changed = [{**base[0], "meta": {**base[0]["meta"], "try": number}}, *base[1:]]
+            team.studio.update_annotation(given["id"], changed)
+            acknowledged.append(changed)
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    for _ in range(15):
+        now = team.studio.task(task["id"], team.id)
+        row = next(row for row in now["annotations"] if row["id"] == given["id"])
+        set_aside(team.backend.context, team.project, now, row, keeper)
+        read(team, task["id"])
+    over.set()
+    thread.join()
+    team.backend.wait(team.id)
+    read(team, task["id"])
+    [last] = team.studio.task(task["id"], team.id)["annotations"]
+    missed = team.backend.context.board.missed_update(given["id"])
+    assert acknowledged[-1] in (last["result"], (missed or {}).get("result")), "the last save is there"
+
+
+def test_a_slip_of_a_key_leaves_a_cluster_a_vote(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    served = team.studio.next_task(team.id)
+    assert served is not None
+    shown = prelabel(served)
+    slip = {**shown[0], "from_name": "seg", "value": {**shown[0]["value"], "brushlabels": ["weed"]}}
+    team.studio.create_annotation(served["id"], [slip, *shown[1:]])
+    record = read(team, served["id"])
+    assert record.stage == "coarse"
+    assert record.callable
+    config = team.project.config()
+    mask = team.project.own_coarse(record, config)
+    assert mask is not None
+    names = {config.classes.coarse[value] for value in np.unique(mask) if value < len(config.classes.coarse)}
+    assert "Plant" in names, "weed on a cluster means plant"
+    assert team.project.labels(served["id"], config) is None
+
+
+# Editors that are open
+
+
+def test_no_open_editor_loses_its_work_by_a_detach(
+    make_backend: Callable[..., Backend], make_user: Callable[[str], LabelStudio], pictures: Pictures
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    team.wait(before)
+    people = [make_user(name) for name in ("anna", "ben", "chi")]
+    opened = [person.next_task(team.id) for person in people]
+    begun = [shown_prediction(task) for task in opened if task]
+    assert all(begun)
+    [anna, ben, chi], [one, two, three] = people, [int(task["id"]) for task in opened if task]
+    draft = {"result": team.annotator().full_result(one), "parent_prediction": begun[0]["id"], "lead_time": 3}  # type: ignore[index]
+    number = anna.http.call("POST", f"/api/tasks/{one}/drafts", body=draft)["id"]
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    assert team.studio.versions(team.id) == {}
+    anna.create_annotation(one, draft["result"], draft_id=number, parent_prediction=begun[0]["id"])  # type: ignore[index]
+    ben.create_annotation(two, team.annotator().full_result(two), parent_prediction=begun[1]["id"])  # type: ignore[index]
+    chi.create_annotation(three, [], was_cancelled=True, parent_prediction=begun[2]["id"])  # type: ignore[index]
+    made = [row for row in annotations(team).values() if not row["was_cancelled"]]
+    assert len(made) == 3
+    parked = team.studio.projects(f"First Row: open prelabels of project {team.id}")
+    assert len(parked) == 1
+
+
+# Detach
+
+
+def run(team: Team, *arguments: str) -> int:
+    """The command, with the settings of this team's backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in team.backend.environment.items():
+            patch.setenv(name, value)
+        return main(arguments)
+
+
+def around(team: Team) -> dict[str, Any]:
+    """All of a project that attach may touch, and its annotations."""
+    row = team.studio.project(team.id)
+    return {
+        **{name: value for name, value in row.items() if name not in ("control_weights", "parsed_label_config")},
+        "tabs": [view["data"] for view in team.studio.views(team.id)],
+        "backends": len(team.studio.ml_backends(team.id)),
+        "webhooks": len(team.studio.webhooks(team.id)),
+        "versions": team.studio.versions(team.id),
+        "keeper": [u["id"] for u in team.studio.users() if u["email"] == keeper_address(team.id)],
+        "labelled": [t["is_labeled"] for t in team.studio.tasks(team.id)],
+    }
+
+
+def coarse_answers(team: Team) -> None:
+    """Two coarse answers: one that is set aside, one that stands."""
+    team.attach()
+    last = team.backend.round(team.id)
+    answer(team)
+    team.wait(last)
+
+
+def test_detach_asks_what_becomes_of_coarse_labels(
+    make_backend: Callable[..., Backend], pictures: Pictures, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    before = around(team)
+    coarse_answers(team)
+    attached, made = around(team), annotations(team)
+    assert run(team, "detach", "--project", str(team.id)) == 1
+    assert "--coarse keep" in capsys.readouterr().err
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file") == 1
+    file = tmp_path / "coarse.json"
+    for choice in ("keep", "file"):
+        dry = ["--dry-run", "--coarse", choice, "--file", str(file)]
+        assert run(team, "detach", "--project", str(team.id), *dry) == 0
+        assert "Disconnect the ML backend" in capsys.readouterr().out
+    assert around(team) == attached
+    assert run(team, "export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")) == 0
+    rows = json.loads((tmp_path / "all.json").read_text())
+    exported = [row for task in rows for row in task["annotations"]]
+    assert {row["id"] for row in exported} == set(made)
+    assert all(row["lead_time"] == 5.0 and row["completed_by"] for row in exported)
+    assert annotations(team) == made
+
+    for _ in range(2):  # every step may be repeated
+        assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
+        after = around(team)
+        assert {name: after[name] for name in before if after[name] != before[name]} == {}
+        assert annotations(team) == {}
+    saved = [row for task in json.loads(file.read_text()) for row in task["annotations"]]
+    assert {digest(row) for row in saved} == {digest(row) for row in made.values()}
+
+
+def test_detach_gives_coarse_labels_back_as_they_were(make_backend: Callable[..., Backend], pictures: Pictures) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    before = around(team)
+    team.attach()
+    given = answer(team)["annotations"][0]
+    record = read(team, given["task"])
+    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    [row] = annotations(team).values()
+    assert lasting(row) == lasting(given)
+    assert (row["completed_by"], row["was_cancelled"]) == (given["completed_by"], False)
+    after = around(team)
+    assert {name for name in before if after[name] != before[name]} <= {
+        *("label_config", "labelled", "num_tasks_with_annotations", "useful_annotation_number"),
+        *("total_annotations_number", "queue_done", "state", "finished_task_number", "queue_total"),
+    }
+    assert after["labelled"].count(True) == 1
+
+
+def test_detach_during_a_round_stops_it_first(make_backend: Callable[..., Backend], pictures: Pictures) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1", FIRSTROW_TRAIN_STEPS="400"), pictures)
+    before = around(team)
+    team.attach()
+    given = answer(team)["annotations"][0]
+    team.segment(team.ranking()[-1])
+    board = team.backend.context.board
+    assert board.busy(team.id)
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    assert board.busy(team.id) is None
+    row = annotations(team)[given["id"]]
+    assert lasting(row) == lasting(given)
+    assert not row["was_cancelled"]
+    after = around(team)
+    for name in ("sampling", "model_version", "tabs", "backends", "webhooks", "versions", "keeper"):
+        assert after[name] == before[name], name
+
+
+# Right classes
+
+
+def swapped(team: Team, labels: str) -> str:
+    """The project's label config with other labels in the team's own control."""
+    old = team.studio.project(team.id)["label_config"]
+    start = old.index(">", old.index('name="seg"')) + 1
+    return str(old[:start] + labels + old[old.index("</BrushLabels>", start) :])
+
+
+@pytest.mark.parametrize(
+    ("labels", "unknown"),
+    [
+        (("weed", "crop", "soil"), ()),
+        (("stone", "soil", "crop", "weed"), ()),
+        (("soil", "crop", "thistle"), ("weed",)),
+        (("soil", "crop"), ("weed",)),
+    ],
+)
+def test_classes_stay_right_when_the_label_config_changes(
+    share_backend: Share, pictures: Pictures, labels: tuple[str, ...], unknown: tuple[str, ...]
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    tasks = team.ranking()[:2]
+    for task in tasks:
+        team.segment(task)
+    before = team.wait(before)
+    truth = {task: team.project.labels(task, team.project.config()) for task in tasks}
+    names = team.project.config().classes.fine
+    team.studio.patch_project(team.id, label_config=swapped(team, "".join(f'<Label value="{n}"/>' for n in labels)))
+    team.wait(before)
+    config = team.project.config()
+    assert config.fine.labels == labels
+    for task in tasks:
+        now, was = team.project.labels(task, config), truth[task]
+        assert now is not None
+        assert was is not None
+        for value, name in enumerate(names):
+            here = now[was == value]
+            assert (here == (255 if name in unknown else config.classes.fine.index(name))).all(), name
+    model = team.project.store.read_json(team.project.key("model.json"))
+    assert sorted(model["classes"]) == sorted(config.classes.fine), "learnt anew for these classes"
+    report = status(team.backend.context, team.id)
+    assert [row["label"] for row in report["labels"] if row["why"] == "gone"] == (list(unknown) if unknown else [])
+    fresh = set(labels) - set(names)
+    assert {row["label"] for row in report["labels"] if row["why"] == "new"} == fresh
+    assert team.backend.context.board.error(team.id) is None
+    todo = plan(team.studio, team.id, team.backend.context.settings)
+    assert todo.project == team.id, "plain attach accepts it, too"
+
+
+def test_a_config_that_changes_in_mid_round_starts_it_anew(
+    make_backend: Callable[..., Backend], pictures: Pictures
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_TRAIN_STEPS="300"), pictures)
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    board = team.backend.context.board
+    while not any(job.get("step") == "train" for job in board.jobs(team.id)):
+        assert board.busy(team.id)
+    labels = '<Label value="weed"/><Label value="soil"/><Label value="crop"/>'
+    team.studio.patch_project(team.id, label_config=swapped(team, labels))
+    team.wait(before)
+    config = team.project.config()
+    assert config.fine.labels == ("weed", "soil", "crop")
+    log = "".join(path.read_text() for path in team.backend.folder.glob("worker*.log"))
+    assert "the label config was changed during the round" in log
+
+
+def test_one_class_an_empty_pool_and_two_peoples_work(
+    share_backend: Share, make_user: Callable[[str], LabelStudio], pictures: Pictures
+) -> None:
+    backend = share_backend(FIRSTROW_COARSE_TASKS="0")
+    team = Team(backend, dict(list(pictures.items())[:3]))
+    one = swapped(team, '<Label value="crop"/>')
+    team.studio.patch_project(team.id, label_config=one)
+    apply(plan(team.studio, team.id, backend.context.settings))
+    backend.context.board.request_round(team.id, "attached")
+    before = team.wait()
+    assert parse(one).classes.fine == ("background", "crop")
+    first, second, third = team.ranking()
+    brush = team_regions(team, first)
+    anna, ben = make_user("anna"), make_user("ben")
+    early = anna.create_annotation(first, brush)
+    late = ben.create_annotation(first, [])
+    ben.create_annotation(second, [], was_cancelled=True)
+    before = team.wait(before)
+    assert stages(team)[first] == "full"
+    assert stages(team)[second] == "new", "a skip says nothing"
+    assert {row["id"] for row in team.studio.task(first, team.id)["annotations"]} == {early["id"], late["id"]}
+    for task in (second, third):
+        team.studio.create_annotation(task, team_regions(team, task))
+    team.wait(before)
+    state = backend.context.board.state(team.id)
+    assert team.ranking() == []
+    assert team.studio.project(team.id)["model_version"] == state["queue"], "a pool that ran dry"
+    assert backend.context.board.error(team.id) is None
+
+
+def team_regions(team: Team, task: int) -> list[dict[str, Any]]:
+    """The plants of a task as regions of the only label."""
+    from backend.regions import fine_regions
+
+    config, mask = parse(team.studio.project(team.id)["label_config"]), team.masks[task]
+    sure = np.full(mask.shape, 255, np.uint8)
+    return fine_regions((mask > 0).astype(np.uint8), sure, config, (mask.shape[1], mask.shape[0]))
+
+
+def test_an_empty_project_waits_for_tasks(share_backend: Share, pictures: Pictures) -> None:
+    backend = share_backend(FIRSTROW_COARSE_TASKS="0")
+    team = Team(backend, {})
+    before = team.attach()
+    assert team.ranking() == []
+    (added,) = team.studio.upload(team.id, [next(iter(pictures))])
+    team.wait(before)
+    assert team.ranking() == [added]
+
+
+def test_a_project_whose_skips_count_as_done_is_not_asked_coarsely(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team.studio.patch_project(team.id, skip_queue="IGNORE_SKIPPED")
+    said = plan(team.studio, team.id, team.backend.context.settings, GROUPS).sentences
+    assert any("none are asked for" in sentence for sentence in said)
+    team.attach()
+    assert team.backend.context.board.state(team.id)["phase"] == "full"
+
+
+def test_people_who_get_their_own_skips_back_are_served_in_order_too(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.studio.patch_project(team.id, skip_queue="REQUEUE_FOR_ME")
+    team.attach()
+    task = answer(team)
+    record = read(team, task["id"])
+    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    team.backend.wait(team.id)
+    served = []
+    while (now := team.studio.next_task(team.id)) is not None and now["id"] not in served:
+        served.append(now["id"])
+        team.studio.create_annotation(now["id"], team.annotator().full_result(now["id"]))
+    assert task["id"] in served
+
+
+def test_detach_refuses_nothing_where_there_is_no_coarse_label(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = around(team)
+    team.attach()
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    after = around(team)
+    assert {name: after[name] for name in before if after[name] != before[name]} == {}
