@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from gunicorn.workers.base import Worker
@@ -138,11 +140,19 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 class WebWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A process of gunicorn; `app.config["FIRSTROW_SECRET"]` is the master secret."""
 
+    servers: Sequence[Server] = ()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop soon, not only after the next turn."""
+        super().handle_exit(sig, frame)
+        for server in self.servers:
+            server.pull_trigger()
+
     def run(self) -> None:
         """Serve until told to stop, then finish what has begun."""
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is what threads are for
         sockets: dict[int, Any] = {}
-        servers = self._servers(sockets)
+        self.servers = servers = self._servers(sockets)
         while self.alive and self.ppid == os.getppid():
             self._turn(sockets)
         for server in servers:
