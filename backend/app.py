@@ -5,29 +5,32 @@ Importing label-studio-ml where torch is loaded already sets torch's multiproces
 
 from __future__ import annotations
 
-import hmac
 import inspect
 import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from threading import BoundedSemaphore
+from typing import Any, NoReturn
 
 import orjson
-from flask import Flask, Response, abort, current_app, jsonify, request
+from flask import Flask, Request, Response, abort, current_app, g, jsonify, request
 from flask.json.provider import JSONProvider
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from werkzeug.exceptions import HTTPException
 
+from backend.admission import HEALTH, LARGEST, admission
 from backend.connection import SECRET_HEADER
 from backend.context import Context, connect
 from backend.enqueue import DEFAULT, GPU
 from backend.errors import FirstRowError
 from backend.events import EventError, handle, parse, project_id
+from backend.payload import decode, reading
 from backend.settings import Settings
+from backend.welcome import Welcome
 
 
 @contextmanager
@@ -48,18 +51,16 @@ with _hidden("torch"):
     from label_studio_ml import api
     from label_studio_ml.model import LabelStudioMLManager, ModelWrapper
 
-from backend.plugin import FirstRow, version  # noqa: E402  (imports label_studio_ml, so it must come after)
+from backend.plugin import CHUNK, NO_VERSION, FirstRow, version  # noqa: E402  (imports label_studio_ml, so it must come after)
 
 log = logging.getLogger(__name__)
 
-#: Answered without our secret too, so that connecting through Label Studio's own page works before `attach`. They only
-#: read; a wrong secret is refused everywhere but at /health.
-OPEN = {"/setup", "/predict", "/versions", "/job_status", "/is_training", "/metrics"}
-HEALTH = {"/", "/health"}
 #: What rq takes for a job id.
 JOB_ID = re.compile(r"[A-Za-z0-9_-]+")
-#: Bytes. Label Studio takes 250 MiB itself; a request for a whole project's tasks with their masks can be larger.
-LARGEST = 1 << 30
+#: Where a request without a project means nothing.
+NAMED = {"/setup", "/predict", "/is_training"}
+#: Requests for many tasks that one process answers at the same time: each may take a minute.
+BULK = 2
 
 
 class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml has no types
@@ -70,15 +71,21 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
     """
 
     def __init__(self, where: Context) -> None:
-        self.where = where
+        self.where, self.welcome = where, Welcome(where)
+        self._bulk = BoundedSemaphore(BULK)
 
     def fetch(self, project: object = None, label_config: str | None = None, *args: Any, **kwargs: Any) -> ModelWrapper:
-        """Answer `/setup`; the first one of a project has it compared with Label Studio."""
+        """Answer `/setup`; a project that nobody attached is looked up in Label Studio.
+
+        Without a secret the answer is the same for every project: it tells nothing.
+        """
         number = project_id(project)
         try:
-            self._welcome(number)
+            self._greet(number)
         except RedisError as error:
             log.warning("project %d: Redis does not answer (%s)", number, type(error).__name__)
+        if g.admission.project is None:
+            return ModelWrapper(model=None, model_version=NO_VERSION)
         return self._model(number, label_config)
 
     def predict(
@@ -87,8 +94,12 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         """Answer `/predict`; `args` and `kwargs` are options of label-studio-ml that mean nothing to us."""
         if not isinstance(tasks, list):
             raise EventError("predict: no list of tasks in the request")
-        found = self._model(project_id(project), label_config)
-        return found.model.predict(tasks), found
+        number = project_id(project)
+        if g.admission.project is None:
+            return [[] for _ in tasks], ModelWrapper(model=None, model_version=NO_VERSION)
+        found = self._model(number, label_config)
+        with self._place(len(tasks)):
+            return found.model.predict(tasks), found
 
     def webhook(self, event: object, data: dict[str, Any]) -> dict[str, Any]:
         """Answer `/webhook`: remember the event and return."""
@@ -108,8 +119,8 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         return {"is_training": self.where.board.busy(project_id(project)) is not None}
 
     def versions(self) -> list[str]:
-        """The versions in force, of all projects: the request does not name one."""
-        return sorted({version(self.where, project) for project in self.where.board.projects()})
+        """The version in force of the project whose secret the request shows: it names no project."""
+        return [version(self.where, g.admission.project)]
 
     def _get_models_from_workdir(self, project: object) -> list[str]:
         return [version(self.where, project_id(project))]
@@ -118,27 +129,49 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         model = FirstRow(project, label_config, where=self.where)
         return ModelWrapper(model=model, model_version=model.model_version)
 
-    def _welcome(self, project: int) -> None:
-        board = self.where.board
-        if project in board.projects():
-            return
-        log.warning(
-            "project %d asks for the first time; `firstrow attach --project %d --dry-run` says what it still lacks",
-            project,
-            project,
-        )
-        board.register(project)
-        board.reconcile(project)
+    def _greet(self, project: int) -> None:
+        if g.admission.project is not None:
+            mark_secured(self.where.board.redis, project)
+        if project not in self.where.board.projects():
+            self.welcome.look_up(project)
+
+    @contextmanager
+    def _place(self, tasks: int) -> Iterator[None]:
+        """A place among the requests for many tasks, for those that are one."""
+        if tasks <= CHUNK:
+            yield
+        elif self._bulk.acquire(blocking=False):
+            try:
+                yield
+            finally:
+                self._bulk.release()
+        else:
+            log.warning("predict: %d tasks at once refused: %d such requests are being answered", tasks, BULK)
+            abort(503, "other requests for many tasks are being answered: ask again in a minute")
 
 
 class _Json(JSONProvider):
-    """orjson: a request with masks is megabytes of numbers."""
+    """orjson: an answer with masks is megabytes of numbers."""
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         return orjson.dumps(obj, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
         return orjson.loads(s)
+
+
+class _Request(Request):
+    """Reads of a body only what we use of it."""
+
+    _found: dict[str, Any] | None = None
+
+    def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
+        if self._found is None:
+            if not (force or self.is_json):
+                return self.on_json_loading_failed(None)
+            with reading(self.content_length) or nullcontext():
+                self._found = decode(self.get_data(cache=False))
+        return self._found
 
 
 def create_app(settings: Settings) -> Flask:
@@ -174,6 +207,7 @@ def _hurry(redis: Redis) -> None:
 def _install(app: Flask) -> None:
     """Routes that Label Studio calls and label-studio-ml lacks; checks and errors of ours."""
     app.json = _Json(app)
+    app.request_class = _Request
     # Headers carry our secret, bodies people's data and a token: neither is logged, at any level.
     app.before_request_funcs[None].remove(api.log_request_info)
     app.after_request_funcs[None].remove(api.log_response_info)
@@ -181,7 +215,8 @@ def _install(app: Flask) -> None:
     for name, view in app.view_functions.items():
         # Its exception_handler answers tracebacks: take the function inside, and leave errors to Flask.
         app.view_functions[name] = inspect.getclosurevars(view).nonlocals.get("f", view)
-    app.before_request(_check_secret)
+    app.view_functions["_train"] = lambda: api._manager.train()  # theirs trips over annotations
+    app.before_request(_check_head)
     app.before_request(_check_body)
     app.add_url_rule("/versions", "versions_get", lambda: {"versions": api._manager.versions()}, methods=["GET"])
     app.add_url_rule("/job_status", "job_status", _job_status, methods=["GET", "POST"])
@@ -189,27 +224,52 @@ def _install(app: Flask) -> None:
         app.register_error_handler(kind, _answer_error)
 
 
-def _check_secret() -> None:
-    if request.path in HEALTH:
-        return
-    basic = request.authorization
-    given = request.headers.get(SECRET_HEADER) or (basic.password if basic else None)
-    if given is None and request.path in OPEN:
-        return
-    wanted: str = current_app.config["FIRSTROW_SECRET"]
-    if given is None or not hmac.compare_digest(given.encode(), wanted.encode()):
-        log.warning(
-            "refused %s without our secret; `firstrow attach --project ID` sets it in Label Studio", request.path
-        )
-        abort(401, "our secret is missing or wrong; `firstrow attach --project ID` sets it in Label Studio")
+def _check_head() -> None:
+    """Refuse what shows no secret of ours, and what is too large, before the body is read."""
+    headers, master = request.headers, current_app.config["FIRSTROW_SECRET"]
+    g.admission = admission(master, request.path, headers.get(SECRET_HEADER), headers.get("Authorization"))
+    if g.admission.refused:
+        _refuse()
+    if (request.content_length or 0) > g.admission.limit:
+        abort(413, f"{request.path}: at most {g.admission.limit} bytes are read here")
+
+
+def _refuse() -> NoReturn:
+    log.warning("refused %r without our secret; `firstrow attach --project ID` sets it in Label Studio", request.path)
+    abort(401, "our secret is missing or wrong; `firstrow attach --project ID` sets it in Label Studio")
 
 
 def _check_body() -> None:
-    if request.method != "POST" or request.url_rule is None:
+    """Refuse what is not Label Studio's, and what concerns another project than the secret."""
+    if request.url_rule is None or request.path in HEALTH:
         return
-    body = request.get_json()
-    if not isinstance(body, dict) or (request.path == "/webhook" and "action" not in body):
-        raise EventError(f"{request.path}: the body is not an object as Label Studio sends it")
+    found = request.get_json() if request.method == "POST" else request.args
+    if request.path == "/webhook" and "action" not in found:
+        raise EventError("/webhook: the body is not an object as Label Studio sends it")
+    if "project" in found or request.path in NAMED or request.endpoint == "get_version":
+        _check_project(project_id(found.get("project")))
+
+
+def _check_project(project: int) -> None:
+    ours = g.admission.project
+    if ours is None and secured(_doors().board.redis, project):
+        _refuse()
+    if ours is not None and ours != project:
+        log.warning("refused %r for project %d with the secret of project %d", request.path, project, ours)
+        abort(403, f"the request is about project {project}, its secret is that of project {ours}")
+
+
+def mark_secured(redis: Redis, project: int) -> None:
+    """From now on the project is served only with its secret: Label Studio has it."""
+    redis.set(f"firstrow:{project}:secured", 1)
+
+
+def secured(redis: Redis, project: int) -> bool:
+    """Whether Label Studio has shown the secret of this project; without one, an open route tells nothing anyway."""
+    try:
+        return bool(redis.exists(f"firstrow:{project}:secured"))
+    except RedisError:
+        return False
 
 
 def _job_status() -> Response:
@@ -217,7 +277,7 @@ def _job_status() -> Response:
     name = str(given.get("job"))
     for queue in (GPU, DEFAULT) if JOB_ID.fullmatch(name) else ():
         job = _doors().board.queue(queue).fetch_job(name)
-        if job is not None:
+        if job is not None and job.meta.get("project") == g.admission.project:
             status = job.get_status(refresh=False)
             return jsonify(job=name, job_status=status.value if status else "unknown", **job.meta)
     return jsonify(job=name, job_status="unknown")

@@ -56,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _status(commands.add_parser("status", help="stages, round, jobs, head of the queue, last error"))
     cli_bench.add(commands.add_parser("bench", help="learning curves of query strategies on pixel-labelled folders"))
     _perf(commands.add_parser("perf", help="how fast this machine is at it, as ratios measured side by side"))
-    secret = commands.add_parser("secret", help="print the secret to enter as Basic auth password (user firstrow)")
-    secret.set_defaults(run=_run_secret)
+    _secret(commands.add_parser("secret", help="print a project's secret, its Basic auth password (user firstrow)"))
     return parser
 
 
@@ -119,6 +118,11 @@ def _status(parser: argparse.ArgumentParser) -> None:
     _project(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_run_status)
+
+
+def _secret(parser: argparse.ArgumentParser) -> None:
+    _project(parser)
+    parser.set_defaults(run=_run_secret)
 
 
 def _perf(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +221,7 @@ def _run_perf(given: argparse.Namespace) -> int:
 
 
 def _run_secret(given: argparse.Namespace) -> None:
-    _say(_settings(quiet=True).secret_value())
+    _say(_settings(quiet=True).project_secret(given.project))
 
 
 def _settings(quiet: bool = False) -> Settings:

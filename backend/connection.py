@@ -62,7 +62,7 @@ def credentials(settings: Settings, project: int) -> dict[str, Any]:
         "project": project,
         "auth_method": "BASIC_AUTH",
         "basic_auth_user": USER,
-        "basic_auth_pass": settings.secret_value(),
+        "basic_auth_pass": settings.project_secret(project),
     }
 
 

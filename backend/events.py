@@ -27,6 +27,8 @@ TASK_KEYS = {
     "TASKS_CREATED": "tasks",
     "TASKS_DELETED": "tasks",
 }
+#: No id of Label Studio is larger: its database counts no further.
+LARGEST_ID = 2**63 - 1
 #: All that is for us.
 EVENTS = (*TASK_KEYS, "ANNOTATIONS_DELETED", "PROJECT_UPDATED", "START_TRAINING")
 
@@ -136,10 +138,16 @@ def project_id(value: object) -> int:
     """
     if isinstance(value, Mapping):
         value = value.get("id")
-    text = str(value).split(".", 1)[0]
-    if not isinstance(value, int | str) or isinstance(value, bool) or not (text.isascii() and text.isdigit()):
+    text = value.split(".", 1)[0] if isinstance(value, str) else f"{value:d}" if is_id(value) else ""
+    number = text.isascii() and text.isdigit() and len(text) < 20
+    if not isinstance(value, int | str) or isinstance(value, bool) or not (number and is_id(int(text))):
         raise EventError(f"{str(value)[:40]!r} names no project; Label Studio sends its id")
     return int(text)
+
+
+def is_id(value: object) -> bool:
+    """Whether this can be an id of Label Studio's database."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_ID
 
 
 def _project(payload: Mapping[str, Any], action: str) -> int:
@@ -159,7 +167,7 @@ def _tasks(payload: Mapping[str, Any], action: str) -> tuple[int, ...]:
 def _ids(rows: object, action: str) -> tuple[int, ...]:
     """The ids of one row or many, each an id or an object with one; sorted, each once."""
     ids = {_field(row, "id") for row in (rows if isinstance(rows, list) else [rows])}
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not all(is_id(i) for i in ids):
         raise EventError(f"webhook {action}: an id is missing in it; turn on 'Send payload' for this webhook")
     return tuple(sorted(ids))
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from label_studio_ml.model import LabelStudioMLBase
 from redis import RedisError
 
 from backend.context import Context, context
-from backend.errors import StoreError
-from backend.events import EVENTS, handle, parse, project_id
-from backend.prelabels import predictions
+from backend.errors import FirstRowError, StoreError
+from backend.events import EVENTS, EventError, handle, parse, project_id
+from backend.prelabels import known_tasks, predictions
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 NO_VERSION = "first-row-waits"
 #: Label Studio may send a whole project in one request and reads the answer for 100 s.
 CHUNK, SECONDS = 16, 60.0
+#: Numbers of masks in one answer: 160 MB while it is put together.
+ROOM = 20_000_000
 
 Answer = list[list[dict[str, Any]]]
 
@@ -45,6 +47,7 @@ class FirstRow(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has 
     TRAIN_EVENTS = EVENTS
     #: After which `predict` leaves out the rest of a request.
     seconds: float = SECONDS
+    room: int = ROOM
 
     def __init__(
         self,
@@ -78,17 +81,24 @@ class FirstRow(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has 
             kwargs: `login`, `password` and the like; not used.
 
         Returns:
-            One list per task, empty when nothing is ready or the task cannot be served; never None.
+            One list per task, empty when nothing is ready or the task cannot be served; never None. A task that
+            comes twice, or after the answer has become too large or too slow, is left out.
         """
-        answers: Answer = []
-        began = time.monotonic()
-        for chunk in _chunks(tasks):
-            if time.monotonic() - began > self.seconds:
+        answers: Answer = [[] for _ in tasks]
+        wanted, done, room, began = self._ready(tasks), 0, self.room, time.monotonic()
+        for places in _chunks(wanted):
+            if time.monotonic() - began > self.seconds or room < 0:
                 break
-            answers += self._prelabels(chunk)
-        if left := len(tasks) - len(answers):
-            log.warning("predict: %d of %d tasks left out after %.0f s", left, len(tasks), self.seconds)
-        return answers + [[] for _ in range(left)]
+            for place, answer in zip(places, self._prelabels([tasks[place] for place in places]), strict=True):
+                answers[place], room = answer, room - _numbers(answer)
+            done += len(places)
+        if done < len(wanted):
+            log.warning(
+                "predict: %d of %d tasks left out: the answer was too slow or too large",
+                len(wanted) - done,
+                len(wanted),
+            )
+        return answers
 
     def fit(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass an event on: `fit(event, data)` in 2.x, `fit((), event=..., data=...)` in 1.0.9.
@@ -103,6 +113,31 @@ class FirstRow(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has 
 
     def _doors(self) -> Context:
         return self._where or context()
+
+    def _ready(self, tasks: Sequence[Any]) -> list[int]:
+        """Places of the tasks that may have a prelabel, each task once; the others cost nothing further."""
+        first: dict[int, int] = {}
+        known: dict[int, Container[int]] = {}
+        for place, task in enumerate(tasks):
+            try:
+                number = int(task["id"])
+                project = project_id(self._project if self._project is not None else task.get("project"))
+            except (TypeError, KeyError, ValueError, OverflowError, AttributeError, EventError):
+                continue
+            if project not in known:
+                known[project] = self._known(project)
+            if number in known[project]:
+                first.setdefault(number, place)
+        return sorted(first.values())
+
+    def _known(self, project: int) -> Container[int]:
+        """Tasks of a project that were there when its order was published."""
+        doors = self._doors()
+        try:
+            return known_tasks(doors.project(project), state(doors, project))
+        except FirstRowError as error:
+            log.error("project %d gets no prelabels: %s", project, error)
+            return ()
 
     def _prelabels(self, tasks: Sequence[Any]) -> Answer:
         """One list per task; a failure is found task by task."""
@@ -142,5 +177,10 @@ def version(doors: Context, project: int) -> str:
     return str(state(doors, project).get("version") or NO_VERSION)
 
 
-def _chunks(tasks: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK))
+def _chunks(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
+
+
+def _numbers(answer: Sequence[Mapping[str, Any]]) -> int:
+    """How many numbers the masks of an answer are made of."""
+    return sum(len(region["value"].get("rle", ())) for prediction in answer for region in prediction["result"])

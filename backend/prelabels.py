@@ -54,6 +54,12 @@ def predictions(
     return answers
 
 
+def known_tasks(project: Project, state: Mapping[str, Any]) -> Index:
+    """The tasks that the order in force was made of, by id; none before the first order."""
+    published = str(state.get("version", ""))
+    return records(project, published) if published else {}
+
+
 def regions(project: Project, config: ProjectConfig, task: int, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The regions of one task in its stage: clusters to correct, or a mask to correct."""
     if str(task) in state.get("coarse", {}):

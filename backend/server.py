@@ -9,6 +9,7 @@ from gunicorn.app.base import BaseApplication
 
 from backend.app import create_app
 from backend.settings import Settings
+from backend.web_worker import WebWorker
 
 
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
@@ -41,8 +42,7 @@ def _gunicorn(settings: Settings, host: str, port: int, workers: int) -> dict[st
     return {
         "bind": f"{host}:{port}",
         "workers": workers,
-        "worker_class": "gthread",
-        "threads": 8,
+        "worker_class": WebWorker,
         "timeout": 120,
         "graceful_timeout": 10,
         "loglevel": settings.log_level.lower(),

@@ -15,13 +15,15 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from backend.errors import SettingsError, StoreError
+from backend.secret import project_secret
 from backend.store import Store
 
 PREFIX = "FIRSTROW_"
 #: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
 OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
-#: Where the generated secret lies in the store.
-SECRET_KEY = "secret"  # noqa: S105  (its name)
+#: Where the generated master secret lies in the store. Older versions kept one under "secret" and showed it to members
+#: of projects in their webhooks: it is not used any more.
+SECRET_KEY = "master-secret"  # noqa: S105  (its name)
 #: Names, so that reading settings loads neither torch nor scikit-learn; tests hold them to the real ones.
 NETWORKS = (
     "lraspp_mobilenet_v3_large",
@@ -174,13 +176,17 @@ class Settings(BaseSettings):
         return found
 
     def secret_value(self) -> str:
-        """The secret that Label Studio shows us: the given one, else one made once and kept in the store."""
+        """The master secret: the given one, else one made once and kept in the store. Label Studio never gets it."""
         given = self.secret.get_secret_value()
         return given or stored_secret(Store(self.store))
 
+    def project_secret(self, project: int) -> str:
+        """The secret that Label Studio shows us for a project; worth nothing for another one."""
+        return project_secret(self.secret_value(), project)
+
 
 def stored_secret(store: Store) -> str:
-    """The generated secret; made at the first call, readable by our user only where the store is a folder."""
+    """The generated master secret; made at the first call, readable by our user only where the store is a folder."""
     found = store.read(SECRET_KEY)
     if found is None:
         store.create(SECRET_KEY, secrets.token_urlsafe(32).encode())  # another process may be quicker

@@ -259,7 +259,7 @@ def webhook_steps(found: Found) -> Iterator[Step]:
 
 def set_webhook(found: Found) -> None:
     """Put our secret on the webhook that Label Studio made on connecting; make one if it is gone."""
-    studio, headers = found.studio, {SECRET_HEADER: found.settings.secret_value()}
+    studio, headers = found.studio, {SECRET_HEADER: found.settings.project_secret(found.id)}
     hooks = our_webhooks(studio, found.id, [found.settings.url])
     with explained(found.settings.url):
         for hook in hooks:
@@ -278,7 +278,7 @@ def drop_webhooks(studio: LabelStudio, project: int, url: str) -> None:
 def _hook_is_fine(found: Found, hook: Row) -> bool:
     secret = (hook["headers"] or {}).get(SECRET_HEADER)
     on = hook["is_active"] and hook["send_payload"] and hook["send_for_all_actions"]
-    return bool(on and secret == found.settings.secret_value())
+    return bool(on and secret == found.settings.project_secret(found.id))
 
 
 def tab_steps(found: Found) -> Iterator[Step]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,19 @@ import pytest
 import requests
 
 from backend import attach
-from backend.app import LARGEST
+from backend.admission import LARGEST, REFUSED, WITH
 from backend.connection import SECRET_HEADER
 from backend.embedded import Studio, free_port, start_serve
 from backend.enqueue import Board
 from backend.labelstudio import LabelStudio
 from backend.plugin import NO_VERSION
 from backend.project import Project, TaskRecord
+from backend.secret import project_secret
 from backend.settings import Settings
 from backend.store import Store
 
-SECRET = "s3cret-password"
+MASTER = "s3cret-password"
+SECRET = project_secret(MASTER, 22)
 TOKEN = "a" * 40
 CONFIG = """<View><Image name="image" value="$image"/>
 <BrushLabels name="coarse" toName="image"><Label value="Background"/><Label value="Foreground"/><Label value="Mixed"/>
@@ -59,7 +64,7 @@ def settings(folder: Path, redis_url: str) -> dict[str, str]:
         "FIRSTROW_PORT": port,
         "FIRSTROW_URL": f"http://127.0.0.1:{port}",
         "FIRSTROW_STORE": str(folder / "store"),
-        "FIRSTROW_SECRET": SECRET,
+        "FIRSTROW_SECRET": MASTER,
         "LOG_LEVEL": "DEBUG",
     }
 
@@ -97,24 +102,65 @@ def fill(served: Served, project: int = 22) -> None:
 def predict(served: Served, tasks: object, project: str = f"22.{STAMP}") -> requests.Response:
     """`/predict` as Label Studio asks."""
     params = {"login": None, "password": None, "context": None}
-    return served.post("/predict", {"tasks": tasks, "project": project, "label_config": CONFIG, "params": params})
+    body = {"tasks": tasks, "project": project, "label_config": CONFIG, "params": params}
+    return served.post("/predict", body, SECRET)
 
 
-def test_first_setup_of_a_project_has_it_looked_at(served: Served) -> None:
+def get(served: Served, path: str, secret: str | None = SECRET, **params: str) -> requests.Response:
+    """GET with Basic auth, as Label Studio does."""
+    auth = None if secret is None else ("firstrow", secret)
+    return requests.get(served.url + path, params=params, auth=auth, timeout=5)
+
+
+def test_a_project_is_not_remembered_before_label_studio_confirms_it(served: Served) -> None:
     body = {"project": f"22.{STAMP}", "schema": CONFIG, "hostname": "http://localhost:8080", "access_token": TOKEN}
-    assert served.post("/setup", body).json() == {"model_version": NO_VERSION}
-    assert served.board.projects() == [22]
-    assert [job.args for job in served.board.queue("default").jobs] == [[22]]
-    assert served.post("/setup", body).ok
-    assert len(served.board.queue("default")) == 1
-    assert "firstrow attach --project 22" in served.log.read_text()
+    for secret in (None, SECRET):
+        assert served.post("/setup", body, secret).json() == {"model_version": NO_VERSION}
+    for number in range(1000, 1100):
+        assert served.post("/setup", {"project": f"{number}.{STAMP}"}).ok
+    assert served.board.projects() == []
+    assert len(served.board.queue("default")) == 0
 
 
 def test_setup_names_the_version_in_force(served: Served) -> None:
     fill(served)
-    assert served.post("/setup", {"project": f"22.{STAMP}"}).json() == {"model_version": "seg-4"}
+    assert served.post("/setup", {"project": f"22.{STAMP}"}, SECRET).json() == {"model_version": "seg-4"}
     served.board.redis.flushdb()  # a Redis that lost everything
-    assert served.post("/setup", {"project": f"22.{STAMP}"}).json() == {"model_version": "seg-4"}
+    assert served.post("/setup", {"project": f"22.{STAMP}"}, SECRET).json() == {"model_version": "seg-4"}
+
+
+def test_without_a_secret_nothing_of_a_project_is_told(served: Served) -> None:
+    fill(served)
+    setup = {"project": f"22.{STAMP}"}
+    predict = {**setup, "tasks": [{"id": 31}, {"id": 32}]}
+    for _ in range(2):  # as Label Studio's own settings page connects, before `attach`
+        assert served.post("/setup", setup).json() == {"model_version": NO_VERSION}
+        assert served.post("/predict", predict).json() == {"results": [[], []], "model_version": NO_VERSION}
+    assert served.post("/setup", setup, SECRET).ok  # as Label Studio does when `attach` connects
+    for path, body in (("/setup", setup), ("/predict", predict)):
+        assert served.post(path, body).status_code == 401
+    for path in ("/versions", "/job_status", "/is_training", "/metrics"):
+        assert get(served, path, None).status_code == 401
+
+
+def test_the_secret_of_a_project_is_worth_nothing_beyond_it(served: Served) -> None:
+    fill(served)
+    other = project_secret(MASTER, 8)
+    bodies = {
+        "/webhook": EVENT,
+        "/setup": {"project": f"22.{STAMP}"},
+        "/predict": {"project": f"22.{STAMP}", "tasks": [{"id": 31}]},
+        "/versions": {"project": f"22.{STAMP}"},
+    }
+    for path, body in bodies.items():
+        for project in (22, "22", f"22.{STAMP}", {"id": 22}):
+            assert served.post(path, {**body, "project": project}, other).status_code == 403, path
+    assert served.board.take(22) == (set(), set())
+    assert get(served, "/is_training", other, project="22").status_code == 403
+    assert get(served, "/versions", other).json() == {"versions": [NO_VERSION]}
+    job = served.post("/webhook", {"action": "START_TRAINING", "project": {"id": 22}}, SECRET).json()["job"]
+    assert served.post("/job_status", {"job": job}, other).json() == {"job": job, "job_status": "unknown"}
+    assert served.post("/job_status", {"job": job}, SECRET).json()["job_status"] == "queued"
 
 
 def test_predict_serves_what_is_stored_and_nothing_for_bad_tasks(served: Served) -> None:
@@ -145,16 +191,17 @@ def test_all_workers_answer_without_a_setup_and_quickly(served: Served) -> None:
     fill(served)
     paths = ["/predict", "/setup"] * 24
     bodies = {"/predict": {"tasks": [{"id": 31}], "project": f"22.{STAMP}"}, "/setup": {"project": f"22.{STAMP}"}}
+    auth = ("firstrow", SECRET)
 
     def ask(path: str) -> int:
-        return served.post(path, bodies[path]).status_code
+        return served.post(path, bodies[path], SECRET).status_code
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(ask, paths)) == {200}
     for path, patience in (("/health", 1), ("/setup", 3), ("/versions", 3)):  # as long as Label Studio waits
         for _ in range(20):
             method = "POST" if path in bodies else "GET"
-            assert requests.request(method, served.url + path, json=bodies.get(path), timeout=patience).ok
+            assert requests.request(method, served.url + path, json=bodies.get(path), timeout=patience, auth=auth).ok
 
 
 EVENT = {
@@ -179,13 +226,25 @@ def test_webhook_takes_basic_auth_too(served: Served) -> None:
     assert requests.post(served.url + "/webhook", json=EVENT, headers=header, timeout=5).status_code == 201
 
 
-@pytest.mark.parametrize("secret", [None, "", "wrong", "ÿ", SECRET + "x", SECRET[:-1]])
+WRONG = ["", "wrong", "ÿ", MASTER, SECRET + "x", SECRET[:-1], "0" + SECRET, SECRET.replace("22-", "8-"), "9" * 5000]
+
+
+@pytest.mark.parametrize("secret", [None, *WRONG])
 def test_webhook_without_our_secret_is_refused(served: Served, secret: str | None) -> None:
     for path in ("/webhook", "/train"):
         answer = served.post(path, EVENT, secret)
         assert answer.status_code == 401
         assert "firstrow attach" in answer.json()["error"]
     assert served.board.take(22) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    "junk", ["Basic", "Basic !", "Basic /w==", "Bearer x", "Digest a=b, c", "ÿ", "Basic eDp5", '"']
+)
+def test_junk_for_credentials_is_refused(served: Served, junk: str) -> None:
+    for path in ("/webhook", "/setup", "/predict"):
+        header = {"Authorization": junk.encode("latin-1")}
+        assert requests.post(served.url + path, json=EVENT, headers=header, timeout=5).status_code == 401
 
 
 def test_a_wrong_secret_is_refused_even_where_none_is_needed(served: Served) -> None:
@@ -196,21 +255,20 @@ def test_a_wrong_secret_is_refused_even_where_none_is_needed(served: Served) -> 
 def test_start_training_and_its_job(served: Served) -> None:
     body = {"action": "START_TRAINING", "project": {"id": 22}}
     job = served.post("/webhook", body, SECRET).json()["job"]
-    found = served.post("/job_status", {"job": job}).json()
+    found = served.post("/job_status", {"job": job}, SECRET).json()
     assert (found["job"], found["job_status"], found["project"]) == (job, "queued", 22)
     assert served.board.begin(22)
     others: list[object] = ["none", "", "a b", {}, None]
     for other in others:
-        assert served.post("/job_status", {"job": other}).json()["job_status"] == "unknown"
-    training = requests.get(served.url + "/is_training", params={"project": "22.1"}, timeout=5)
-    assert training.json() == {"is_training": True}
+        assert served.post("/job_status", {"job": other}, SECRET).json()["job_status"] == "unknown"
+    assert get(served, "/is_training", project="22.1").json() == {"is_training": True}
 
 
 def test_versions_by_get_and_post(served: Served) -> None:
-    assert requests.get(served.url + "/versions", timeout=5).json() == {"versions": []}
+    assert get(served, "/versions").json() == {"versions": [NO_VERSION]}
     fill(served)
-    assert requests.get(served.url + "/versions", timeout=5).json() == {"versions": ["seg-4"]}
-    assert served.post("/versions", {"project": f"22.{STAMP}"}).json()["versions"] == ["seg-4"]
+    assert get(served, "/versions").json() == {"versions": ["seg-4"]}
+    assert served.post("/versions", {"project": f"22.{STAMP}"}, SECRET).json()["versions"] == ["seg-4"]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +286,13 @@ def test_versions_by_get_and_post(served: Served) -> None:
         ("/webhook", b'{"action": "TASKS_CREATED"}', 400),
         ("/webhook", b"\xff\xfe", 400),
         ("/train", b"{}", 400),
+        ("/webhook", b"[" * 100_000, 400),
+        ("/webhook", b'{"action": "START_TRAINING", "project": ' + b"9" * 5000 + b"}", 400),
+        ("/webhook", b'{"action": "START_TRAINING", "project": -22}', 400),
+        ("/webhook", b'{"action": "START_TRAINING", "project": 22.0}', 400),
+        ("/predict", b'{"project": "22.1", "tasks": [1, "x"]}', 400),
+        ("/predict", b'{"project": "22.1", "tasks": [' + b"{}," * 250_000 + b"{}]}", 400),
+        ("/setup", b'{"project": "22.1", "schema": "' + b"x" * (9 << 20) + b'"}', 413),
         ("/nothing", b"{}", 404),
         ("/health", b"{}", 405),
     ],
@@ -253,6 +318,39 @@ def test_large_requests_are_taken(served: Served) -> None:
     assert LARGEST >= 250 << 20
 
 
+def test_what_is_too_large_is_refused_unread(served: Served) -> None:
+    for path, secret, size, status in (
+        ("/webhook", None, REFUSED + 1, 401),
+        ("/webhook", "wrong", 200 << 20, 401),
+        ("/predict", None, 200 << 20, 413),
+        ("/webhook", SECRET, WITH["/webhook"] + 1, 413),
+        ("/nothing", None, 1 << 60, 401),
+    ):
+        began = time.monotonic()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n"
+        head += f"{SECRET_HEADER}: {secret}\r\n" if secret else ""
+        with talk(served.url, head.encode() + b"\r\n") as answer:
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert time.monotonic() - began < 5
+
+
+@contextmanager
+def talk(url: str, sent: bytes) -> Iterator[bytes]:
+    """What is answered to these bytes, until the other side closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(sent)
+        yield b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_redis_down(tmp_path: Path) -> None:
     given = settings(tmp_path, f"redis://127.0.0.1:{free_port()}")
     store = Store(given["FIRSTROW_STORE"])
@@ -260,8 +358,11 @@ def test_redis_down(tmp_path: Path) -> None:
     with start_serve(tmp_path, given) as url:
         served = Served(url, Board(given["REDIS_URL"]), store, tmp_path / "serve.log")
         assert requests.get(url + "/health", timeout=1).ok
-        assert served.post("/setup", {"project": "22.1"}).json() == {"model_version": "seg-4"}
-        assert served.post("/setup", {"project": "23.1"}).json() == {"model_version": NO_VERSION}
+        assert served.post("/setup", {"project": "22.1"}, SECRET).json() == {"model_version": "seg-4"}
+        assert served.post("/setup", {"project": "23.1"}, project_secret(MASTER, 23)).json() == {
+            "model_version": NO_VERSION
+        }
+        assert served.post("/setup", {"project": "22.1"}).json() == {"model_version": NO_VERSION}
         assert predict(served, [{"id": 1}]).json()["results"] == [[]]
         answer = served.post("/webhook", EVENT, SECRET)
         assert answer.status_code == 503
@@ -273,8 +374,8 @@ def test_nothing_secret_is_logged_at_any_level(served: Served) -> None:
     served.post("/webhook", {**EVENT, "annotation": {"id": 1, "task": 31, "result": "somebody's work"}}, SECRET)
     served.post("/webhook", EVENT, "wrong-secret")
     log = served.log.read_text()
-    assert "refused /webhook" in log
-    for secret in (SECRET, TOKEN, "somebody's work", "wrong-secret", "0" * 40):
+    assert "refused '/webhook'" in log
+    for secret in (MASTER, SECRET, TOKEN, "somebody's work", "wrong-secret", "0" * 40):
         assert secret not in log
 
 
@@ -292,7 +393,8 @@ def test_label_studio_itself_reaches_us(
     project = int(label_studio.create_project(title="field", label_config=CONFIG)["id"])
     with start_serve(tmp_path, given):
         attach.apply(attach.plan(label_studio, project, Settings.read(given)))
-        assert project in board.projects()  # by /setup
+        wait_for(lambda: project in board.projects())  # by /setup, confirmed by Label Studio
+        board.taken(project)
         # While attach works, its own changes come without the secret, which it sets last; it reconciles afterwards.
         before = (tmp_path / "serve.log").read_text().count("refused")
         board.begin(project)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from label_studio_ml.model import LabelStudioMLManager
 
 from backend.context import Context, connect
 from backend.plugin import CHUNK, NO_VERSION, Answer, FirstRow
+from backend.project import TaskRecord
 from backend.settings import Settings
 
 EVENT = {"project": {"id": 22, "label_config": "<View/>"}, "annotation": {"id": 5, "task": 31}, "task": {"id": 31}}
@@ -69,14 +71,61 @@ def test_a_task_of_no_project_gets_nothing(where: Context) -> None:
     assert FirstRow(where=where).predict([{"id": 1}, None, {"id": 2, "project": "x"}]) == [[], [], []]
 
 
-def test_a_whole_project_in_one_request_ends_in_time(where: Context) -> None:
+@pytest.fixture
+def filled(where: Context) -> Context:
+    """A project whose order is in force, with three chunks of tasks that have a cluster map each."""
+    here = where.project(22)
+    here.save_config(CONFIG, {})
+    here.save_index({t: TaskRecord(t, image="a.jpg", size=(32, 24)) for t in range(1, 3 * CHUNK + 1)})
+    halves = np.repeat(np.array([[0, 1]], np.uint8), 12, axis=1).repeat(24, axis=0)
+    for task in range(1, 3 * CHUNK + 1):
+        here.store.write_map(here.cluster_key("c1", task), halves)
+    coarse = {str(task): [[0, 0.9], [1, 0.7]] for task in range(1, 3 * CHUNK + 1)}
+    where.board.set_state(22, {"version": "seg-4", "clusters": "c1", "coarse": coarse})
+    return where
+
+
+CONFIG = """<View><Image name="image" value="$image"/>
+<BrushLabels name="coarse" toName="image"><Label value="Background"/><Label value="Foreground"/><Label value="Mixed"/>
+</BrushLabels><BrushLabels name="seg" toName="image"><Label value="Soil"/><Label value="Crop"/></BrushLabels></View>"""
+TASKS = [{"id": task} for task in range(1, 3 * CHUNK + 1)]
+
+
+def test_a_whole_project_in_one_request_ends_in_time(filled: Context) -> None:
     class OneChunk(FirstRow):
+        seconds = 0.0  # the time is up at once
+
+    answers = OneChunk(22, where=filled).predict(TASKS)
+    assert [len(answer) for answer in answers] == [0] * 3 * CHUNK
+    assert [len(answer) for answer in FirstRow(22, where=filled).predict(TASKS)] == [1] * 3 * CHUNK
+
+
+def test_an_answer_stays_below_its_size(filled: Context) -> None:
+    class Small(FirstRow):
+        room = 1
+
+    answers = Small(22, where=filled).predict(TASKS)
+    assert [len(answer) for answer in answers] == [1] * CHUNK + [0] * 2 * CHUNK
+
+
+def test_a_task_is_answered_once_and_unknown_ones_cost_nothing(filled: Context) -> None:
+    class Counted(FirstRow):
         def _prelabels(self, tasks: Sequence[Any]) -> Answer:
-            self.seconds = 0.0  # the time is up now
-            asked.append(len(tasks))
+            asked.extend(task["id"] for task in tasks)
             return super()._prelabels(tasks)
 
     asked: list[int] = []
-    answers = OneChunk(22, where=where).predict([{"id": i} for i in range(3 * CHUNK)])
-    assert answers == [[]] * (3 * CHUNK)
-    assert asked == [CHUNK]
+    junk = [{"id": 10**6 + number} for number in range(100_000)]
+    odd: list[Any] = [
+        {"id": float("inf")},
+        {"id": float("nan")},
+        {"id": "x"},
+        {"id": "3"},
+        {},
+        None,
+        7,
+        {"id": 10**400},
+    ]
+    answers = Counted(22, where=filled).predict([{"id": 2}, *junk, {"id": 2}, *odd, {"id": 1}])
+    assert asked == [2, "3", 1]
+    assert [place for place, answer in enumerate(answers) if answer] == [0, 100_005, 100_010]
