@@ -8,12 +8,14 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 from urllib.parse import urlsplit
 
+from backend.coarse_answers import SKIPS
 from backend.connection import credentials, note_of, our_backend, ours_among, recorded
 from backend.detach import detach
 from backend.errors import AttachRefused, ConfigError
-from backend.label_config import OURS, ProjectConfig, parse, without_coarse
+from backend.label_config import OURS, ProjectConfig, parse, shares_names, without_coarse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
 from backend.steps import Found, Step, named_groups, steps
@@ -113,18 +115,18 @@ def look(studio: LabelStudio, project: int, settings: Settings, groups: Groups |
     ours = ours_among(backends, settings)
     note = note_of(ours)
     others = tuple(b for b in backends if ours is None or b["id"] != ours["id"])
-    config = understand(row["label_config"], groups, note.get("groups"))
+    config = understand(row["label_config"], groups, note)
     return Found(studio, settings, row, config, ours, others, tuple(note.get("image_hosts", ())))
 
 
-def understand(xml: str, groups: Groups | None, recorded: Groups | None) -> ProjectConfig:
-    """Parse a label config; with other `groups` than our control was made for, as if the control were not there.
+def understand(xml: str, groups: Groups | None, recorded: Mapping[str, Any]) -> ProjectConfig:
+    """Parse a label config; as if our control were not there where it was made for other `groups` or shares a name.
 
     Raises:
         ConfigError: it cannot be used, or the groups do not fit.
     """
     try:
-        return parse(xml, groups or recorded)
+        return parse(without_coarse(xml) if shares_names(xml) else xml, groups, recorded)
     except ConfigError:
         if groups and OURS in xml:
             return parse(without_coarse(xml), groups)
@@ -152,6 +154,11 @@ def notes(found: Found) -> Iterator[str]:
     )
     groups = "; ".join(f"{name} = {', '.join(fine)}" for name, fine in named_groups(config).items())
     yield f"Coarse labels: {groups}."
+    if row["skip_queue"] not in SKIPS:
+        yield (
+            "Tasks that somebody skips count as done here (Settings, Quality): coarse labels could then never be set "
+            "aside for a full segmentation, so none are asked for."
+        )
     if config.background == "":
         yield f"No label means background: pixels without a region count as {config.classes.fine[0]!r}."
     first = min(found.others, key=lambda b: int(b["id"]), default=None)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import orjson
 from redis import RedisError
@@ -18,6 +19,8 @@ from backend.errors import FirstRowError
 from backend.perf import GROUPS
 from backend.settings import Settings
 
+#: Seconds that `detach` waits for running jobs.
+STOP_SECONDS = 120
 EPILOG = (
     "Settings come from the environment (LABEL_STUDIO_URL, LABEL_STUDIO_API_KEY, REDIS_URL, FIRSTROW_*); see README."
 )
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _worker(commands.add_parser("worker", help="run jobs: clusters, training, scoring, publishing"))
     _attach(commands.add_parser("attach", help="connect a project; safe to repeat"))
     _detach(commands.add_parser("detach", help="put back what was there before attach"))
+    _export_coarse(commands.add_parser("export-coarse", help="write all coarse labels to a file"))
     _status(commands.add_parser("status", help="stages, round, jobs, head of the queue, last error"))
     cli_bench.add(commands.add_parser("bench", help="learning curves of query strategies on pixel-labelled folders"))
     _perf(commands.add_parser("perf", help="how fast this machine is at it, as ratios measured side by side"))
@@ -95,7 +99,20 @@ def _attach(parser: argparse.ArgumentParser) -> None:
 
 def _detach(parser: argparse.ArgumentParser) -> None:
     _project(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan only")
+    parser.add_argument(
+        "--coarse",
+        choices=("keep", "file"),
+        help="coarse labels stay annotations, with the control that they need; or are saved to a file and deleted",
+    )
+    parser.add_argument("--file", type=Path, metavar="PATH", help="where coarse labels are saved, with --coarse file")
     parser.set_defaults(run=_run_detach)
+
+
+def _export_coarse(parser: argparse.ArgumentParser) -> None:
+    _project(parser)
+    parser.add_argument("--file", type=Path, metavar="PATH", help="(default: coarse-ID.json)")
+    parser.set_defaults(run=_run_export_coarse)
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
@@ -152,14 +169,33 @@ def _run_attach(given: argparse.Namespace) -> None:
 
 def _run_detach(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
-    from backend import attach
     from backend.context import connect
+    from backend.detach import detach, plan_detach
 
     ctx = connect(settings)
-    for sentence in attach.detach(ctx.studio, given.project, ctx.settings):
+    note = ctx.project(given.project).extra()
+    if given.dry_run:
+        for step in plan_detach(ctx.studio, given.project, ctx.settings, given.coarse or "keep", given.file, note):
+            _say(step.text)
+        return
+    plan_detach(ctx.studio, given.project, ctx.settings, given.coarse, given.file, note)  # refused before we stop
+    _say("Stop the jobs of this project.")
+    if not ctx.board.stop(given.project, STOP_SECONDS):
+        _say("A job is still busy with one long step; it will write nothing more.")
+    for sentence in detach(ctx.studio, given.project, ctx.settings, given.coarse, given.file, note):
         _say(sentence)
     ctx.board.forget(given.project)
     ctx.project(given.project).forget_order()
+
+
+def _run_export_coarse(given: argparse.Namespace) -> None:
+    settings = _settings(quiet=True)
+    from backend.context import connect
+    from backend.detach import export_answers
+
+    ctx, file = connect(settings), given.file or Path(f"coarse-{given.project}.json")
+    count = export_answers(ctx.studio, given.project, ctx.settings, ctx.project(given.project).extra(), file)
+    _say(f"{count} coarse labels of project {given.project} are in {file}.")
 
 
 def _run_status(given: argparse.Namespace) -> None:

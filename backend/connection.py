@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from backend.labelstudio import LabelStudio, Row
@@ -45,7 +45,7 @@ def ours_among(rows: Sequence[Row], settings: Settings) -> Row | None:
 
 
 def recorded(studio: LabelStudio, project: int, settings: Settings) -> dict[str, Any]:
-    """Our note about a project: `before`, `groups`, `image_hosts`, `config`; empty if `attach` never ran."""
+    """Our note about a project, empty if `attach` never ran: `before`, `groups`, `background`, `keeper`, `config`."""
     return note_of(our_backend(studio, project, settings))
 
 
@@ -92,16 +92,12 @@ def digest(label_config: str) -> str:
     return hashlib.sha256(label_config.encode()).hexdigest()
 
 
-def signed(result: Sequence[Mapping[str, Any]], author: int) -> list[dict[str, Any]]:
-    """Regions of an annotation, for a prediction that shall remember who drew them.
-
-    Predictions have no author; what is in a region's `meta` stays.
-    """
-    return [{**region, "meta": {**(region.get("meta") or {}), "completed_by": author}} for region in result]
+def keeper_address(project: int) -> str:
+    """Address of the account that keeps coarse labels which are set aside; nobody can get mail there, or log in."""
+    return f"first-row-{project}@firstrow.invalid"
 
 
-def unsigned(result: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
-    """The inverse of `signed`: the regions as they were, and who drew them if that was kept."""
-    author = next((r["meta"]["completed_by"] for r in result if "completed_by" in (r.get("meta") or {})), None)
-    plain = [{**r, "meta": {k: v for k, v in (r.get("meta") or {}).items() if k != "completed_by"}} for r in result]
-    return [r if r["meta"] else {k: v for k, v in r.items() if k != "meta"} for r in plain], author
+def keeper_account(studio: LabelStudio, project: int) -> int:
+    """Id of a project's keeper account; 0 without one."""
+    rows = [row["id"] for row in studio.users() if row["email"] == keeper_address(project)]
+    return int(rows[0]) if rows else 0

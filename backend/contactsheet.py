@@ -43,14 +43,14 @@ def contact_sheet(ctx: Context, project: Project, places: Sequence[Mapping[str, 
 def pictures(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[Picture]:
     """The row of one image."""
     image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
-    clusters, decided = clusters_name(ctx, project), project.decided()
+    clusters, decided = clusters_name(ctx, project), project.decided(config)
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     target = target_of(project, record, clusters, decided, config)
     if labels is None or target is None:
         return [image]
     key = network_key(ctx, project, config.classes)
     network = scorer(ctx, project, key, config.classes).network
-    seen = project.prediction(key, record.id)
+    seen = project.prediction(key, record.id, config.classes.fine)
     fine = palette(len(config.classes.fine))
     coarse = np.array([fine[list(members)].mean(0) for members in config.classes.groups], np.uint8)
     return [

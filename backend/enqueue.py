@@ -13,11 +13,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import orjson
 from redis import Redis
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
 from rq.job import Dependency, Job, JobStatus
 from rq.serializers import JSONSerializer
+
+from backend.errors import RoundOver
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +29,24 @@ log = logging.getLogger(__name__)
 TIMEOUTS = {"train": 6 * 3600, "score": 2 * 3600, "prepare": 2 * 3600, "fit_codebook": 3600, "clean": 2 * 3600}
 TIMEOUT = 900
 CURVE_TIMEOUT = 7 * 24 * 3600
-KEEP_RESULT = 3600
+#: Seconds that a finished job stays to be looked at, and a failed one; of those at most so many per queue.
+KEEP_RESULT = 60
 KEEP_FAILURE = 7 * 24 * 3600
-#: Seconds for which a deletion made by ourselves is recognised when its event comes.
+MOST_FAILURES = 100
+#: Seconds for which an update made by ourselves is recognised when its event comes.
 OURS = 3600
+#: Seconds that an update by a person is kept which came while we were changing the same annotation.
+KEEP_UPDATE = 24 * 3600
 GPU, DEFAULT = "gpu", "default"
 QUEUE_OF = {"train": GPU, "score": GPU}
 #: Steps after whose failure nothing of the round is left to run.
 ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
+#: Steps of a round behind its first; their first argument after the project is the round's number.
+IN_ROUND = {"fit_codebook", "prepare", "plan_round", "train", "plan_scores", "score", "publish"}
+#: Seconds until a round that failed by a fault that may heal is tried again, the first time, the second time, ...
+PAUSES = (5, 30, 120, 600)
+#: Seconds for which a stopped project stays stopped unless it is registered again.
+STOPPED = 3600
 #: Job states in which a job still has something to do.
 LIVE = {"queued", "started", "deferred", "scheduled", "ready"}
 
@@ -56,6 +69,21 @@ for turn = 1, most do
   end
 end
 return #names
+"""
+
+#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more.
+NUMBER = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+local number = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2])) + 1
+redis.call('SET', KEYS[2], number)
+redis.call('SET', KEYS[3], number)
+return number
+"""
+#: Frees the project where the key has this value still.
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
+return 1
 """
 
 
@@ -103,13 +131,33 @@ class Board:
         """Forget the ids handed out by `take`: the index holds their effect now."""
         self.redis.delete(_key(project, "changed:taken"), _key(project, "deleted:taken"))
 
-    def ours(self, annotation: int) -> None:
-        """Say that we are about to delete this annotation ourselves."""
-        self.redis.set(f"firstrow:ours:{annotation}", 1, ex=OURS)
+    def expect_own_update(self, annotation: int, content: str) -> None:
+        """Say that we are about to change fields of an annotation, but not its regions.
 
-    def is_ours(self, annotation: int) -> bool:
-        """Whether the deletion of this annotation was ours."""
-        return bool(self.redis.exists(f"firstrow:ours:{annotation}"))
+        Args:
+            annotation: Label Studio's annotation id.
+            content: digest of its regions.
+        """
+        self.redis.delete(f"firstrow:update:{annotation}")
+        self.redis.set(f"firstrow:ours:{annotation}", content, ex=OURS)
+
+    def own_update(self, annotation: int) -> str:
+        """Digest of the regions of an annotation that we have changed lately; empty for any other."""
+        value = self.redis.get(f"firstrow:ours:{annotation}")
+        return value.decode() if isinstance(value, bytes) else ""
+
+    def keep_update(self, annotation: int, row: Mapping[str, Any]) -> None:
+        """Keep what a person saved in an annotation while we were changing it: Label Studio may have lost it."""
+        self.redis.set(f"firstrow:update:{annotation}", orjson.dumps(row), ex=KEEP_UPDATE)
+
+    def forget_update(self, annotation: int) -> None:
+        """What `keep_update` kept is in Label Studio again, and the annotation is no longer one that we change."""
+        self.redis.delete(f"firstrow:update:{annotation}", f"firstrow:ours:{annotation}")
+
+    def missed_update(self, annotation: int) -> dict[str, Any] | None:
+        """What `keep_update` kept of an annotation; None for most."""
+        value = self.redis.get(f"firstrow:update:{annotation}")
+        return dict(orjson.loads(value)) if isinstance(value, bytes) else None
 
     # -- rounds -------------------------------------------------------------------------------------------
 
@@ -122,19 +170,21 @@ class Board:
             train: retrain even when too few annotations are new.
 
         Returns:
-            The id of the job that starts the round; that of the running round when the wish was coalesced.
+            The id of the job that starts the round; that of the running round when the wish was coalesced; None while
+            the project is stopped.
         """
-        self.register(project)
         if train:
             self.redis.set(_key(project, "train"), 1)
         # The wish is written before the attempt to start: a round that ends in between sees it.
         self.redis.set(_key(project, "again"), reason)
-        number = int(self.redis.incr(_key(project, "count")))
-        job = f"round-{project}-{number}"
+        if self.stopped(project):
+            return None
+        self.redis.sadd("firstrow:projects", project)
+        job = f"round-{project}-{uuid.uuid4().hex[:12]}"
         if not self.redis.set(_key(project, "busy"), job, nx=True):
             return self.busy(project)
         log.info("project %d: round %s requested (%s)", project, job, reason)
-        self.enqueue("start_round", project, job_id=job)
+        self.enqueue("start_round", project, job, job_id=job)
         return job
 
     def busy(self, project: int) -> str | None:
@@ -145,40 +195,173 @@ class Board:
     def begin(self, project: int) -> bool:
         """Start of a round: clears the wish for one. Returns whether a training was asked for by hand."""
         with self.redis.pipeline() as pipe:
-            pipe.delete(_key(project, "again"))
+            pipe.delete(_key(project, "again"), _key(project, "retry"))
             pipe.getdel(_key(project, "train"))
             return bool(pipe.execute()[-1])
 
-    def finish(self, project: int) -> None:
-        """End of a round: free the project, and start the next round if one was wished for meanwhile."""
-        self.redis.delete(_key(project, "busy"), _key(project, "jobs"))
+    def number(self, project: int, token: str, least: int) -> int:
+        """Give the round its number; no number is given twice, also when its round died.
+
+        Args:
+            project: Label Studio's project id.
+            token: id of the job that starts the round.
+            least: the highest number that the store and Label Studio know of.
+
+        Returns:
+            A number above `least` and above all that were given before.
+
+        Raises:
+            RoundOver: another round has the project by now.
+        """
+        keys = [_key(project, name) for name in ("busy", "count", "owner")]
+        number = self.redis.eval(NUMBER, 3, *keys, token, least)
+        if not isinstance(number, int):
+            raise RoundOver(f"project {project}: another round has taken over from {token}")
+        if (job := get_current_job()) is not None:
+            job.meta["round"] = number
+        return number
+
+    def go_on(self, project: int) -> None:
+        """Raise unless the running job may go on: called before anything is written, and between two tasks.
+
+        Outside a worker, and in jobs that belong to no round, only a `stop` of the project counts.
+
+        Raises:
+            RoundOver: the project was stopped, or another round has it by now.
+        """
+        job = get_current_job()
+        _check(self.redis, project, job.meta.get("round") if job else None)
+
+    def finish(self, project: int, number: int) -> bool:
+        """End of a round that went well: free the project, and start the next round if one was wished for meanwhile.
+
+        Returns:
+            Whether the round still had the project; if not, nothing is done.
+        """
+        if not self.release(project, number):
+            return False
+        if not self.redis.exists(_key(project, "retry")):
+            self.redis.delete(_key(project, "tries"))
         if self.wished(project):
             self.request_round(project, "changes during the last round")
+        return True
 
-    def abandon(self, project: int, step: str) -> None:
-        """A step failed for good: free the project if nothing of its round is left to run.
+    def release(self, project: int, holder: int | str) -> bool:
+        """Free the project if it is held by this round: its number, or before it has one the id of its first job."""
+        names = ("owner" if isinstance(holder, int) else "busy", "busy", "owner", "jobs")
+        return bool(self.redis.eval(RELEASE, 4, *[_key(project, name) for name in names], holder))
 
-        The next round starts with the next event or reconcile, not at once: whatever is broken gets time to heal.
+    def abandon(self, project: int, step: str, holder: int | str | None, heals: bool) -> None:
+        """A step failed: free the project if nothing of its round is left to run, and plan when to try again.
+
+        Args:
+            project: Label Studio's project id.
+            step: which step.
+            holder: the round's number, or the id of its first job; None for a step of no round.
+            heals: whether the fault may be gone by itself later. Others wait for a change or the next reconcile.
         """
         job = get_current_job()
         if job is not None:
-            job.retries_left = 0  # a fault of ours repeats itself; retries are for workers that died
+            job.retries_left = 0  # those are for workers that died; a round that failed is tried again after a pause
+        if holder is None:
+            return
         if step in ENDS:
+            if not self.release(project, holder):
+                return
             self.redis.set(_key(project, "again"), f"{step} failed")
-            self.redis.delete(_key(project, "busy"), _key(project, "jobs"))
+        if heals:
+            self.retry_later(project)
+
+    def retry_later(self, project: int) -> None:
+        """Have another round started after a pause, each time a longer one; in the end the reconcile must do."""
+        tries = int(self.redis.incr(_key(project, "tries")))
+        if tries <= len(PAUSES):
+            log.warning("project %d: tried again in %d s", project, PAUSES[tries - 1])
+            self.redis.set(_key(project, "retry"), time.time() + PAUSES[tries - 1])
+
+    def retry_due(self, project: int) -> bool:
+        """Start the round whose pause is over; returns whether there was one."""
+        when = self.redis.get(_key(project, "retry"))
+        if not isinstance(when, bytes) or float(when) > time.time() or self.busy(project):
+            return False
+        if not self.redis.delete(_key(project, "retry")):
+            return False  # another process was quicker
+        self.request_round(project, "another try")
+        return True
 
     def wished(self, project: int) -> bool:
         """Whether events or a failed round wait for the next round."""
         return bool(self.redis.exists(_key(project, "again"), _key(project, "changed"), _key(project, "deleted")))
 
     def rescue(self, project: int) -> bool:
-        """Free a project whose round has no job left (a Redis flush, a lost worker). Returns whether it did."""
-        if self.busy(project) is None or any(job["status"] in LIVE for job in self.jobs(project)):
+        """Free a project whose round has no job left (a lost worker). Returns whether it did.
+
+        Only at the second look in a row: at the first one a job may just be on its way into its queue.
+        """
+        token, lost = self.busy(project), _key(project, "lost")
+        if token is None or any(job["status"] in LIVE for job in self.jobs(project)):
+            self.redis.delete(lost)
+            return False
+        before = self.redis.set(lost, token, get=True)
+        if not isinstance(before, bytes) or before.decode() != token:
             return False
         log.warning("project %d: its last round was lost; starting another", project)
-        self.redis.set(_key(project, "again"), "the last round was lost")
-        self.finish(project)
+        if self.release(project, token):
+            self.request_round(project, "the last round was lost")
         return True
+
+    # -- stopping -----------------------------------------------------------------------------------------
+
+    def stop(self, project: int, seconds: float = 30.0) -> bool:
+        """Stop all that we do in a project: before `detach`, or before anything else that must not meet our jobs.
+
+        From now on no round and no reconcile of the project starts, whoever asks: wishes are remembered, no more. Jobs
+        that wait are cancelled. A job that runs ends by `RoundOver` at its next `go_on`, which every job calls as it
+        starts, between two tasks and training steps (by `progress`), and before it writes to Label Studio; a request to
+        Label Studio that is under way is not broken off. The project stays stopped for `STOPPED` seconds, also after
+        `forget`, or until `register` (`attach`, the first `/setup`) lifts it.
+
+        Args:
+            project: Label Studio's project id.
+            seconds: to wait for jobs that run.
+
+        Returns:
+            Whether no job of the project runs any more. If False one is still in a long request or computation; it will
+            write nothing after that while the project is stopped.
+        """
+        self.redis.set(_key(project, "stopped"), 1, ex=STOPPED)
+        self.redis.delete(_key(project, "busy"), _key(project, "owner"), _key(project, "jobs"), _key(project, "retry"))
+        until = time.monotonic() + seconds
+        while True:
+            self._cancel(project)
+            if not self.running(project):
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+
+    def stopped(self, project: int) -> bool:
+        """Whether the project was stopped (see `stop`)."""
+        return bool(self.redis.exists(_key(project, "stopped")))
+
+    def running(self, project: int) -> list[str]:
+        """Ids of the project's jobs that a worker has in hand, but for the one that asks."""
+        me = get_current_job()
+        ids = [
+            job for name in (GPU, DEFAULT) for job in self.queue(name).started_job_registry.get_job_ids(cleanup=False)
+        ]
+        return [job for job in ids if _of(job) == project and not (me and me.id == job)]
+
+    def _cancel(self, project: int) -> None:
+        for name in (GPU, DEFAULT):
+            queue = self.queue(name)
+            ids = [*queue.job_ids, *queue.deferred_job_registry.get_job_ids(cleanup=False)]
+            for job in {job for job in ids if _of(job) == project}:
+                queue.remove(job)
+                try:
+                    Job.fetch(job, connection=self.redis, serializer=JSONSerializer).delete()
+                except NoSuchJobError:
+                    queue.deferred_job_registry.remove(job)
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
@@ -198,51 +381,71 @@ class Board:
         """Queue `backend.jobs.<step>(project, *args)`.
 
         It runs when every job of `after` has ended, well or not: each step looks at what is in the store, so that
-        a failed shard costs only itself.
+        a failed shard costs only itself. A step of a round is queued once, also when the job that queues it runs again.
+
+        Raises:
+            RoundOver: the project was stopped, or another round has it by now.
         """
+        number = int(args[0]) if step in IN_ROUND else None
+        _check(self.redis, project, number)
+        name = job_id or "-".join([step, str(project), *_place(step, args)])
+        if number is not None and (there := self.job(name)) is not None:
+            return there
         job = self.queue(QUEUE_OF.get(step, DEFAULT)).enqueue(
             f"backend.jobs.{step}",
             args=(project, *args),
-            job_id=job_id or f"{step}-{project}-{uuid.uuid4().hex}",
+            job_id=name,
             job_timeout=TIMEOUTS.get(step, TIMEOUT),
             result_ttl=KEEP_RESULT,
             failure_ttl=KEEP_FAILURE,
             retry=Retry(max=2),
             depends_on=Dependency(jobs=list(after), allow_failure=True) if after else None,
-            meta={"project": project, "step": step, "done": 0, "total": 0},
+            meta={"project": project, "step": step, "done": 0, "total": 0, "round": number},
             description=f"{step} project {project}",
         )
         self.redis.rpush(_key(project, "jobs"), job.id)
         self.redis.ltrim(_key(project, "jobs"), -2000, -1)
         return job
 
+    def job(self, name: str) -> Job | None:
+        """The job with this id, None when it is gone."""
+        try:
+            return Job.fetch(name, connection=self.redis, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return None
+
     def jobs(self, project: int) -> list[dict[str, Any]]:
         """The jobs of the round in progress: id, step, queue, status, done, total."""
         found = []
         for raw in self.redis.lrange(_key(project, "jobs"), 0, -1):
-            try:
-                job = Job.fetch(_text(raw), connection=self.redis, serializer=JSONSerializer)
-            except NoSuchJobError:
+            job = self.job(_text(raw))
+            if job is None:
                 continue
             status = job.get_status(refresh=False)
             found.append({**job.meta, "id": job.id, "queue": job.origin, "status": status.value if status else "?"})
         return found
 
     def reconcile(self, project: int) -> None:
-        """Queue a comparison with Label Studio, unless one waits already."""
-        if self.redis.set(_key(project, "reconciling"), 1, nx=True, ex=TIMEOUT):
-            self.queue(DEFAULT).enqueue(
-                "backend.jobs.reconcile",
-                args=(project,),
-                job_timeout=TIMEOUT,
-                result_ttl=KEEP_RESULT,
-                failure_ttl=KEEP_FAILURE,
-                meta={"project": project, "step": "reconcile"},
-            )
-
-    def reconciled(self, project: int) -> None:
-        """The comparison has run: the next one may be queued."""
-        self.redis.delete(_key(project, "reconciling"))
+        """Queue a comparison with Label Studio, unless one waits or runs already."""
+        if self.stopped(project):
+            return
+        before = self.redis.get(_key(project, "reconciling"))
+        there = self.job(before.decode()) if isinstance(before, bytes) else None
+        if there is not None and there.get_status(refresh=False) in LIVE:
+            return
+        name = f"reconcile-{project}-{uuid.uuid4().hex[:12]}"
+        self.redis.set(_key(project, "reconciling"), name)
+        self.queue(DEFAULT).enqueue(
+            "backend.jobs.reconcile",
+            args=(project,),
+            job_id=name,
+            job_timeout=TIMEOUT,
+            result_ttl=KEEP_RESULT,
+            failure_ttl=KEEP_FAILURE,
+            retry=Retry(max=2),
+            meta={"project": project, "step": "reconcile"},
+            description=f"reconcile project {project}",
+        )
 
     def due(self, interval: int) -> bool:
         """True for one caller per `interval` seconds, however many workers ask."""
@@ -288,13 +491,14 @@ class Board:
     # -- state --------------------------------------------------------------------------------------------
 
     def register(self, project: int) -> None:
-        """Make the project known to the periodic reconcile."""
+        """Make the project known to the periodic reconcile; lifts a `stop`."""
+        self.redis.delete(_key(project, "stopped"))
         self.redis.sadd("firstrow:projects", project)
 
     def forget(self, project: int) -> None:
-        """Remove all that Redis holds of a project (after detach)."""
+        """Remove all that Redis holds of a project (after detach), but that it is stopped."""
         self.redis.srem("firstrow:projects", project)
-        keys = list(self.redis.scan_iter(match=_key(project, "*"), count=1000))
+        keys = [key for key in self.redis.scan_iter(match=_key(project, "*"), count=1000) if not _stops(key)]
         if keys:
             self.redis.delete(*keys)
 
@@ -326,11 +530,46 @@ class Board:
 
 
 def progress(done: int, total: int) -> None:
-    """Show how far the running job is (in `status`); does nothing outside a worker."""
+    """Show how far the running job is (in `status`); does nothing outside a worker.
+
+    Raises:
+        RoundOver: the project was stopped, or another round has it by now; looked for once a second.
+    """
     job = get_current_job()
-    if job is not None:
-        job.meta.update(done=done, total=total)
-        job.save_meta()  # type: ignore[no-untyped-call]
+    if job is None:
+        return
+    job.meta.update(done=done, total=total)
+    job.save_meta()  # type: ignore[no-untyped-call]
+    if time.monotonic() - getattr(job, "looked", 0.0) > 1:
+        job.looked = time.monotonic()  # type: ignore[attr-defined]
+        if isinstance(project := job.meta.get("project"), int):
+            _check(job.connection, project, job.meta.get("round"))
+
+
+def _check(redis: Redis, project: int, number: int | None) -> None:
+    """Raise unless the project may be worked at, by the round of this number or by a job of no round."""
+    stopped, owner = redis.mget(_key(project, "stopped"), _key(project, "owner"))
+    if stopped is not None:
+        raise RoundOver(f"project {project} was stopped")
+    if number is not None and (owner is None or int(owner) != number):
+        raise RoundOver(f"project {project}: round {number} is over, its project was freed")
+
+
+def _place(step: str, args: Sequence[Any]) -> list[str]:
+    """What makes a step's job id its own: round and shard; chance for a step of no round."""
+    if step not in IN_ROUND:
+        return [uuid.uuid4().hex[:12]]
+    return [str(arg) for arg in args[: 2 if step in ("prepare", "score") else 1]]
+
+
+def _of(job: str) -> int | None:
+    """The project in a job's id."""
+    parts = job.split("-")
+    return int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else None
+
+
+def _stops(key: bytes) -> bool:
+    return key.endswith(b":stopped")
 
 
 def _key(project: int, name: str) -> str:

@@ -9,6 +9,8 @@ FirstRowError
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
 |- JobError            a step of a round cannot be done
+|- RoundOver           a round that must not go on
+|- StartAnew           a round that must begin again
 `- BenchError          a benchmark that cannot be run or reported
 """
 
@@ -58,6 +60,14 @@ class AttachRefused(FirstRowError):
 
 class JobError(FirstRowError):
     """A step of a round cannot be done."""
+
+
+class RoundOver(FirstRowError):
+    """This round must not go on: its project was stopped, or another round has it. Its job ends, and has not failed."""
+
+
+class StartAnew(FirstRowError):
+    """What this round goes by has changed: it ends here, and another one begins. Raised in any job of a round."""
 
 
 class BenchError(FirstRowError):

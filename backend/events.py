@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backend.coarse_answers import digest
 from backend.enqueue import Board
 from backend.errors import FirstRowError
 
@@ -44,6 +45,7 @@ class Event:
         tasks: ids of the tasks that changed, came or went.
         deleted: ids of deleted annotations; Label Studio does not say of which tasks.
         label_config: the project's label config, for PROJECT_UPDATED only, else empty.
+        annotation: as it was saved, for ANNOTATION_UPDATED only.
     """
 
     action: str
@@ -51,6 +53,7 @@ class Event:
     tasks: tuple[int, ...] = ()
     deleted: tuple[int, ...] = ()
     label_config: str = ""
+    annotation: Mapping[str, Any] | None = None
 
 
 def parse(payload: object) -> Event | None:
@@ -69,7 +72,9 @@ def parse(payload: object) -> Event | None:
         raise EventError("webhook: the body is not an object with an action; Label Studio sends one")
     action = payload["action"]
     if action in TASK_KEYS:
-        return Event(action, _project(payload, action), tasks=_tasks(payload, action))
+        row = payload.get("annotation") if action == "ANNOTATION_UPDATED" else None
+        kept = dict(row) if isinstance(row, Mapping) and isinstance(row.get("id"), int) else None
+        return Event(action, _project(payload, action), tasks=_tasks(payload, action), annotation=kept)
     if action == "ANNOTATIONS_DELETED":
         return Event(action, _project(payload, action), deleted=_ids(payload.get("annotations"), action))
     if action == "PROJECT_UPDATED":
@@ -92,11 +97,25 @@ def handle(event: Event, board: Board) -> str | None:
         return board.request_round(event.project, "start training", train=True)
     if event.action == "PROJECT_UPDATED":
         return _config_changed(event, board)
-    deleted = [i for i in event.deleted if not board.is_ours(i)]
-    if not event.tasks and not deleted:
+    if not (event.tasks or event.deleted) or _is_our_own(event, board):
         return None
-    log.info("project %d: %s, %d tasks, %d annotations", event.project, event.action, len(event.tasks), len(deleted))
-    return board.changed(event.project, event.tasks, deleted)
+    log.info(
+        "project %d: %s, %d tasks, %d annotations", event.project, event.action, len(event.tasks), len(event.deleted)
+    )
+    return board.changed(event.project, event.tasks, event.deleted)
+
+
+def _is_our_own(event: Event, board: Board) -> bool:
+    # We set a coarse answer aside by changing fields beside its regions. Other regions are a person's, saved meanwhile:
+    # Label Studio may then have written ours over theirs, so theirs are kept until somebody has looked.
+    annotation = event.annotation
+    content = board.own_update(int(annotation["id"])) if annotation else ""
+    if not annotation or not content:
+        return False
+    if digest(dict(annotation)) == content:
+        return True
+    board.keep_update(int(annotation["id"]), annotation)
+    return False
 
 
 def _config_changed(event: Event, board: Board) -> str | None:

@@ -8,21 +8,22 @@ Each looks at the store, does what is missing and may run again: a worker that d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
-from backend.connection import our_backend
+from backend.connection import digest, our_backend
 from backend.context import Context, context
-from backend.enqueue import progress
-from backend.errors import FirstRowError, LabelStudioError
+from backend.enqueue import IN_ROUND, progress
+from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
 from backend.generations import clean_generations, unfinished
 from backend.learn import train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
-from backend.publish import call_back, in_force, publish_order
+from backend.publish import call_back, in_force, mark_asked, publish_order
 from backend.rank import rank
 from backend.score import score_tasks, scored, scores_key
 from backend.sync import listing, refresh_config, sync
@@ -35,47 +36,72 @@ PREPARE_SHARD, SCORE_SHARD = 64, 64
 
 
 def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[..., None]:
-    """A job: leaves the reason of a failure where `status` looks. The worker logs start, end and tracebacks."""
+    """A job: leaves the reason of a failure where `status` looks. The worker logs start, end and tracebacks.
+
+    A job of a round that must not go on ends, and has not failed. Cleaning up can wait: what keeps it is logged alone.
+    """
 
     @wraps(job)
     def run(project: int, *args: P.args, **kwargs: P.kwargs) -> None:
-        ctx = context()
+        ctx, name = context(), job.__name__
+        holder = args[0] if name in IN_ROUND or name == "start_round" else None
         try:
+            ctx.board.go_on(project)
             job(ctx, ctx.project(project), *args, **kwargs)
+        except RoundOver as error:
+            log.info("%s: %s", name, error)
+        except StartAnew as error:
+            log.warning("project %d: %s", project, error)
+            if isinstance(holder, int | str) and ctx.board.release(project, holder):
+                ctx.board.request_round(project, str(error))
         except Exception as error:
             known = isinstance(error, FirstRowError)
             reason = str(error) if known else f"{type(error).__name__}: {error} (the worker's log says more)"
-            ctx.board.fail(project, job.__name__, reason)
-            ctx.board.abandon(project, job.__name__)
+            if name == "clean":
+                log.warning("project %d: cleaning up is put off: %s", project, reason, exc_info=not known)
+                return
+            ctx.board.fail(project, name, reason)
+            ctx.board.abandon(project, name, holder if isinstance(holder, int | str) else None, heals(error))
             raise
 
     return run
 
 
+def heals(error: Exception) -> bool:
+    """Whether a fault may be gone by itself after a while; others need a person, or another key."""
+    if isinstance(error, LabelStudioError):
+        return error.status not in (401, 403)
+    return not isinstance(error, ConfigError | SettingsError)
+
+
 @step
-def start_round(ctx: Context, project: Project) -> None:
+def start_round(ctx: Context, project: Project, token: str) -> None:
     """See what changed in Label Studio, and queue the reading of it."""
+    if ctx.board.busy(project.id) != token:
+        raise RoundOver(f"project {project.id}: another round has taken over from {token}")
     forced = ctx.board.begin(project.id)
     ctx.board.clear_error(project.id)
     config = refresh_config(ctx, project)
+    number = next_number(ctx, project, token)
     index, read = sync(ctx, project, config)
-    project.save_index(index)
-    number = next_number(ctx, project)
+    ctx.board.go_on(project.id)
+    project.save_index(index, config)
     after = []
     if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
-        after = [ctx.board.enqueue("fit_codebook", project.id)]
+        after = [ctx.board.enqueue("fit_codebook", project.id, number)]
     again = {r.id for r in index.values() if r.error} if forced else set()
-    todo = sorted(read | again | unready(ctx, project, index))
+    read |= again | unread(project, index)
+    todo = sorted(read | unready(ctx, project, index))
     shards = []
     for n, ids in enumerate(split(todo, PREPARE_SHARD)):
         records = [index.get(task, TaskRecord(task)) for task in ids]
-        project.save_shard("prepare", number, n, records, read=sorted((read | again) & set(ids)))
+        project.save_shard("prepare", number, n, records, read=sorted(read & set(ids)))
         shards.append(ctx.board.enqueue("prepare", project.id, number, n, after=after))
-    ctx.board.enqueue("plan_round", project.id, number, forced, after=[*after, *shards])
+    ctx.board.enqueue("plan_round", project.id, number, len(shards), forced, after=[*after, *shards])
 
 
 @step
-def fit_codebook(ctx: Context, project: Project) -> None:
+def fit_codebook(ctx: Context, project: Project, number: int) -> None:
     """Find the clusters of the pool."""
     fit(ctx, project, project.index())
 
@@ -89,17 +115,24 @@ def prepare(ctx: Context, project: Project, number: int, shard: int) -> None:
         record = prepare_task(ctx, project, config, old, old.id in read)
         found.append({"id": old.id, "gone": True} if record is None else record.to_json())
         progress(done + 1, len(records))
+    ctx.board.go_on(project.id)
     project.store.write_json(project.key("prepared", number, f"{shard}.json"), found)
 
 
 @step
-def plan_round(ctx: Context, project: Project, number: int, forced: bool) -> None:
+def plan_round(ctx: Context, project: Project, number: int, shards: int, forced: bool) -> None:
     """Take in what was read, count the votes, and queue what the new order needs."""
-    index, config = merge(project, number), project.config()
+    check_config(ctx, project)
+    parts, config = prepared(project, number, shards), project.config()
+    index = merge(project, parts)
+    ctx.board.go_on(project.id)
     project.save_index(index)
-    ctx.board.taken(project.id)
+    if len(parts) == shards:
+        ctx.board.taken(project.id)
+    else:  # the ids wait in Redis for the next round
+        ctx.board.retry_later(project.id)
     count_votes(ctx, project, index, config)
-    due = forced or len(untrained_labels(project, index)) >= ctx.settings.retrain_every
+    due = forced or len(untrained_labels(project, index, config.classes)) >= ctx.settings.retrain_every
     if due and labelled(index):
         after = [ctx.board.enqueue("train", project.id, number)]
         ctx.board.enqueue("plan_scores", project.id, number, after=after)
@@ -110,6 +143,7 @@ def plan_round(ctx: Context, project: Project, number: int, forced: bool) -> Non
 @step
 def train(ctx: Context, project: Project, number: int) -> None:
     """Learn from all annotations there are."""
+    check_config(ctx, project)
     train_round(ctx, project, project.index(), project.config(), f"model-{number}")
 
 
@@ -128,15 +162,17 @@ def score(ctx: Context, project: Project, number: int, shard: int) -> None:
 @step
 def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
+    check_config(ctx, project)
     index, config = project.index(), project.config()
     places = rank(ctx, project, index, config)
-    called = call_back(ctx, project, index, places)
+    called = call_back(ctx, project, mark_asked(index, places), places)
     if called != index:
         index = called
+        ctx.board.go_on(project.id)
         project.save_index(index)
     publish_order(ctx, project, index, config, places, number)
-    ctx.board.finish(project.id)
-    ctx.board.enqueue("clean", project.id)
+    if ctx.board.finish(project.id, number):
+        ctx.board.enqueue("clean", project.id)
 
 
 @step
@@ -149,9 +185,8 @@ def clean(ctx: Context, project: Project) -> None:
 @step
 def reconcile(ctx: Context, project: Project) -> None:
     """Find in Label Studio what lost events would have told, and rounds that were lost."""
-    ctx.board.reconciled(project.id)
     try:
-        config = refresh_config(ctx, project)
+        config = refresh_config(ctx, project, ctx.board.busy(project.id) is None)
     except LabelStudioError as error:
         if error.status != 404:
             raise
@@ -170,10 +205,21 @@ def reconcile(ctx: Context, project: Project) -> None:
     ctx.board.remember(project.id, read | gone | (set(found) - set(index)))
     if ctx.board.rescue(project.id):
         return
-    if read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
+    changed = config.meaning != project.index_meaning()
+    if changed or read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
         ctx.board.request_round(project.id, "reconcile")
     elif unfinished(project) and not ctx.board.waiting():
         ctx.board.enqueue("clean", project.id)
+
+
+def check_config(ctx: Context, project: Project) -> None:
+    """Look whether the label config still is the one that this round began with.
+
+    Raises:
+        StartAnew: it is not.
+    """
+    if digest(ctx.studio.project(project.id)["label_config"]) != digest(project.label_config()):
+        raise StartAnew("the label config was changed during the round: it starts anew")
 
 
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:
@@ -185,7 +231,7 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
     have = scored(ctx, project, config, index)
     todo = [r.id for r in [*pool(index), *labelled(index)] if r.id not in have and not r.error]
     if not todo and in_force(ctx, project, index, config):
-        ctx.board.finish(project.id)
+        ctx.board.finish(project.id, number)
         return
     shards = []
     for n, ids in enumerate(split(todo, SCORE_SHARD)):
@@ -212,22 +258,52 @@ def clean_store(ctx: Context, project: Project) -> None:
                 project.store.delete(key)
 
 
-def merge(project: Project, number: int) -> Index:
-    """The index with the records that the shards of this round left; those stay until the index is safe."""
+def prepared(project: Project, number: int, shards: int) -> list[list[dict[str, Any]]]:
+    """The records that the shards of this round left; a shard that failed left none."""
+    parts = [project.store.read_json(project.key("prepared", number, f"{n}.json")) for n in range(shards)]
+    return [part for part in parts if part is not None]
+
+
+def merge(project: Project, parts: Sequence[Sequence[dict[str, Any]]]) -> Index:
+    """The index with these records."""
     index = project.index()
-    for key in project.store.list(project.key("prepared", number)):
-        for row in project.store.read_json(key) or []:
-            if row.get("gone"):
-                index.pop(row["id"], None)
-            else:
-                index[row["id"]] = TaskRecord.from_json(row)
+    for row in (row for part in parts for row in part):
+        if row.get("gone"):
+            index.pop(row["id"], None)
+        else:
+            index[row["id"]] = TaskRecord.from_json(row)
     return index
 
 
-def next_number(ctx: Context, project: Project) -> int:
-    """This round's number: higher than any that Label Studio or the store has seen."""
-    seen = [int(project.state().get("round", 0)), int(project.extra().get("round", 0))]
-    return max(seen) + 1
+def next_number(ctx: Context, project: Project, token: str) -> int:
+    """This round's number: higher than any that Redis, the store or Label Studio has ever seen.
+
+    It is written down before anything is named after it, so that the number of a round that dies is never used again.
+    """
+    key = project.key("number.json")
+    known = project.store.read_json(key)
+    if known is None:  # lost, or the first round: the names of files tell
+        known = max(numbers(project), default=0)
+    least = max(int(known), int(project.state().get("round", 0)), int(project.extra().get("round", 0)))
+    number = ctx.board.number(project.id, token, least)
+    project.store.write_json(key, number)
+    return number
+
+
+def numbers(project: Project) -> Iterator[int]:
+    """Numbers of rounds that have left something in the store."""
+    for folder in ("models", "prepared", "shards"):
+        for key in project.store.list(project.key(folder)):
+            name = key.removeprefix(project.key(folder) + "/").partition("/")[0]
+            if match := re.fullmatch(r"(?:model-)?(\d+)(?:\.safetensors)?", name):
+                yield int(match[1])
+
+
+def unread(project: Project, index: Index) -> set[int]:
+    """Tasks whose labels are known but for their masks: those are gone from the store."""
+    masks = {folder: set(project.store.list(project.key(folder))) for folder in ("labels", "coarse")}
+    lost = {r.id for r in index.values() if r.labelled and project.label_key(r.id) not in masks["labels"]}
+    return lost | {r.id for r in index.values() if r.coarse and project.coarse_key(r.id) not in masks["coarse"]}
 
 
 def unready(ctx: Context, project: Project, index: Index) -> set[int]:

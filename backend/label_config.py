@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain, repeat
+from typing import Any
 from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
 
@@ -18,6 +20,10 @@ MASK_TAGS = ("BrushLabels", "BitmaskLabels", "PolygonLabels")
 COARSE_NAMES = ("coarse", "firstrow_coarse")
 #: The label of a cluster in which several coarse classes meet.
 MIXED_LABEL = "Mixed"
+#: What a coarse label's name ends in where another label of the project has the name.
+DISTINCT = " (cluster)"
+#: Names of the class that pixels without a region have where no label means background.
+IMPLICIT = ("background", "(background)")
 #: Labels that mean what nobody looks for; earlier ones win.
 BACKGROUND_LIKE = ("background", "bare soil", "soil", "bare ground", "ground", "earth")
 #: What is asked of a person.
@@ -62,6 +68,7 @@ class ProjectConfig:
         classes: fine and coarse classes; the background's coarse class comes first.
         background: the label for background; pixels without a region are then unknown. Empty when no label means
             background: pixels without a region are then class 0 of `classes.fine`.
+        regrouped: labels that no group named, so that each went into the group that seemed likeliest.
     """
 
     image_name: str
@@ -69,10 +76,28 @@ class ProjectConfig:
     fine: Control
     coarse: Control | None
     classes: Classes
-    background: str | None
+    background: str
+    regrouped: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> str:
+        """Names all that a person's labels are read by: where it differs, they must be read again."""
+        read_by = (self.image_name, self.image_key, self.fine, self.coarse, self.classes, self.background)
+        return hashlib.sha1(repr(read_by).encode()).hexdigest()[:16]
+
+    def coarse_of_label(self, label: str) -> int | None:
+        """The coarse class that a label on a cluster stands for; None for Mixed and for labels that are gone.
+
+        Args:
+            label: a coarse label, by its name of today or of before it was made distinct, or a fine one.
+        """
+        for name in (label, label + DISTINCT):
+            if name in self.classes.coarse:
+                return self.classes.coarse.index(name)
+        return int(self.classes.coarse_of()[self.classes.fine.index(label)]) if label in self.classes.fine else None
 
 
-@dataclass
+@dataclass(eq=False)
 class Element:
     """An XML element and where its text stands in the UTF-8 source."""
 
@@ -84,27 +109,138 @@ class Element:
     within: list[Element] = field(default_factory=list)
 
 
-def parse(xml: str, groups: Mapping[str, Sequence[str]] | None = None) -> ProjectConfig:
+def parse(
+    xml: str, groups: Mapping[str, Sequence[str]] | None = None, recorded: Mapping[str, Any] | None = None
+) -> ProjectConfig:
     """Understand a label config.
+
+    Groups that a person names now must fit the labels exactly. Groups that were written down before are fitted to the
+    labels of today: a label that is gone leaves its group, a new one joins the likeliest.
 
     Args:
         xml: the project's label config.
-        groups: fine labels of each coarse label; without them the `classes` attributes of the coarse control's labels
-            count, else background stands against everything else.
+        groups: fine labels of each coarse label, as a person names them now.
+        recorded: what `attach` wrote down, used without `groups`: `groups`, and `background`, the label for it. Without
+            both, the `classes` attributes of the coarse control's labels count; else background stands against
+            everything else.
 
     Raises:
-        ConfigError: no Image, no control for masks or several, or groups that do not fit the labels.
+        ConfigError: no Image, no control for masks or several, or `groups` that do not fit the labels.
     """
     elements = read(xml)
     coarse, fine = find_controls(elements)
     control = as_control(fine)
-    named = groups or (said_groups(coarse) if coarse else None)
+    before = (recorded or {}).get("groups") or (said_groups(coarse) if coarse else None)
+    named = groups or before
     background = find_background(control.labels, named)
+    was_explicit = bool((recorded or {}).get("background"))
+    if not groups and before and was_explicit and not background:
+        background = heir(control.labels, before)
+    named, regrouped = (groups, ()) if groups or not before else fitted(before, control.labels, background)
     classes = group_classes(control.labels, background, named)
+    classes = replace(classes, coarse=distinct_names(classes.coarse, elements, coarse))
+    if coarse is not None and lacks(as_control(coarse), classes) and is_ours(coarse):
+        coarse = None  # somebody took a label of ours away: `attach` puts the control in anew
     if coarse is not None:
         check_coarse(as_control(coarse), classes)
     image, key = find_image(elements, control)
-    return ProjectConfig(image, key, control, as_control(coarse) if coarse else None, classes, background)
+    return ProjectConfig(image, key, control, as_control(coarse) if coarse else None, classes, background, regrouped)
+
+
+def heir(labels: Sequence[str], before: Mapping[str, Sequence[str]]) -> str:
+    """The label for background where the one that was written down is gone: pixels without a region stay unknown.
+
+    Args:
+        labels: of today.
+        before: groups as they were written down, the background's first.
+    """
+    first, *others = before.values()
+    elsewhere = {label for members in others for label in members}
+    likely = [label for label in labels if label in first] + [label for label in labels if label not in elsewhere]
+    return next(iter(likely), labels[0])
+
+
+def fitted(
+    before: Mapping[str, Sequence[str]], labels: Sequence[str], background: str
+) -> tuple[dict[str, list[str]] | None, tuple[str, ...]]:
+    """Groups that were written down for other labels, for those of today.
+
+    Returns:
+        The groups, None where none of their labels is left; and the labels that no group had named.
+    """
+    known = {*labels, *(() if background else IMPLICIT)}
+    kept: dict[str, list[str]] = {name: [] for name in before}
+    for name, members in before.items():
+        kept[name] = [label for label in members if label in known and not any(label in of for of in kept.values())]
+    fresh = tuple(label for label in labels if not any(label in of for of in kept.values()))
+    if not any(kept.values()):
+        return None, fresh
+    for label in fresh:
+        home = next(iter(before)) if label == background else likely_group(kept, before, background)
+        kept.setdefault(home, []).append(label)
+    return {name: of for name, of in kept.items() if of}, fresh
+
+
+def likely_group(kept: Mapping[str, Sequence[str]], before: Mapping[str, Sequence[str]], background: str) -> str:
+    """The group of a label that is new: the one whose labels are gone (a label was renamed), else not the background's.
+
+    Args:
+        kept: groups with the labels that are left.
+        before: groups as they were written down, the background's first.
+        background: the label for it, empty without one.
+    """
+    emptied = [name for name in before if before[name] and not kept.get(name)]
+    if len(emptied) == 1:
+        return emptied[0]
+    others = [name for name, members in kept.items() if background not in members and not set(members) & set(IMPLICIT)]
+    return next(reversed(others), "Foreground")
+
+
+def distinct_names(names: Sequence[str], elements: Sequence[Element], coarse: Element | None) -> tuple[str, ...]:
+    """Coarse names that no other label of the project has; those of a control that is there already stay as they are.
+
+    Args:
+        names: of the coarse groups.
+        elements: of the label config.
+        coarse: the coarse control, if there is one.
+    """
+    there = {label.get("alias") or label.get("value", "") for label in labels_of(coarse)} if coarse else set()
+    own = coarse.within if coarse else []
+    others = [e.attributes for e in elements if e.tag in ("Label", "Choice") and not any(e is label for label in own)]
+    taken = {name.casefold() for a in others for name in (a.get("alias", ""), a.get("value", "")) if name}
+
+    def distinct(name: str) -> str:
+        if name in there or name + DISTINCT in there:
+            return name if name in there else name + DISTINCT
+        while name.casefold() in taken:
+            name += DISTINCT
+        return name
+
+    return tuple(map(distinct, names))
+
+
+def lacks(control: Control, classes: Classes) -> list[str]:
+    """Coarse classes without a label in the coarse control."""
+    return [name for name in classes.coarse if name not in control.labels]
+
+
+def is_ours(coarse: Element) -> bool:
+    """Whether a coarse control is one that `attach` put in."""
+    return coarse.parent is not None and coarse.parent.attributes.get("className") == OURS
+
+
+def shares_names(xml: str) -> bool:
+    """Whether our own coarse control has a label of the same name as another label: people then cannot tell them apart.
+
+    Raises:
+        ConfigError: the label config cannot be read.
+    """
+    elements = read(xml)
+    coarse, _ = find_controls(elements)
+    if coarse is None or not is_ours(coarse):
+        return False
+    names = [label.get("alias") or label.get("value", "") for label in labels_of(coarse)]
+    return list(distinct_names(names, [e for e in elements if e not in coarse.within], None)) != names
 
 
 def read(xml: str) -> list[Element]:
@@ -213,7 +349,7 @@ def group_classes(labels: tuple[str, ...], background: str, groups: Mapping[str,
     Raises:
         ConfigError: groups that do not fit the labels, or too many labels.
     """
-    implicit = "(background)" if BACKGROUND_LIKE[0] in labels else BACKGROUND_LIKE[0]
+    implicit = IMPLICIT[1] if IMPLICIT[0] in labels else IMPLICIT[0]
     fine, first = (labels, background) if background else ((implicit, *labels), implicit)
     members = {name: list(of) for name, of in (groups or {"Background": [first]}).items()}
     rest = [name for name in fine if not any(name in of for of in members.values())]
@@ -258,7 +394,7 @@ def check_coarse(control: Control, classes: Classes) -> None:
     """Refuse a coarse control that lacks a coarse class: its regions could not be shown."""
     if control.tag == "PolygonLabels":
         raise ConfigError(f"{control.name!r} is for clusters, which polygons cannot hold: make it BrushLabels")
-    missing = [name for name in classes.coarse if name not in control.labels]
+    missing = lacks(control, classes)
     if missing:
         raise ConfigError(
             f"{control.tag} {control.name!r} has no label {', '.join(missing)}: add it, or say what each of its labels "
@@ -284,7 +420,8 @@ def with_coarse(xml: str, classes: Classes) -> str:
     start = above(fine, elements).start
     before = source[:start]
     gap = before[len(before.rstrip()) :].decode()
-    block = coarse_block(name, fine.attributes.get("toName", ""), classes, free_keys(elements))
+    [mixed] = distinct_names([MIXED_LABEL], elements, None)
+    block = coarse_block(name, fine.attributes.get("toName", ""), classes, mixed, free_keys(elements))
     return before.decode() + block + gap + source[start:].decode()
 
 
@@ -295,11 +432,11 @@ def above(control: Element, elements: Sequence[Element]) -> Element:
     return last if last.tag == "Header" else control
 
 
-def coarse_block(name: str, image: str, classes: Classes, keys: Iterable[str]) -> str:
-    """Text of our control."""
+def coarse_block(name: str, image: str, classes: Classes, mixed: str, keys: Iterable[str]) -> str:
+    """Text of our control; `mixed` names the label for clusters in which several coarse classes meet."""
     colours = [COLOURS[min(g, 1) + max(g - 1, 0) % (len(COLOURS) - 1)] for g in range(len(classes.coarse))] + [GREY]
     labels, written = [], must_be_said(classes)
-    for index, (label, colour, key) in enumerate(zip([*classes.coarse, MIXED_LABEL], colours, keys, strict=False)):
+    for index, (label, colour, key) in enumerate(zip([*classes.coarse, mixed], colours, keys, strict=False)):
         fine = [classes.fine[c] for c in classes.groups[index]] if written and index < len(classes.groups) else []
         parts = {"value": label, "background": colour, "hotkey": key, "classes": ",".join(fine)}
         said = " ".join(f"{part}={quoteattr(value)}" for part, value in parts.items() if value)
@@ -335,7 +472,6 @@ def without_coarse(xml: str) -> str:
     coarse, _ = find_controls(read(xml))
     if coarse is None:
         return xml
-    ours = coarse.parent is not None and coarse.parent.attributes.get("className") == OURS
-    block = coarse.parent if ours and coarse.parent is not None else coarse
+    block = coarse.parent if coarse.parent is not None and is_ours(coarse) else coarse
     source = xml.encode()
     return (source[: block.start] + source[block.end :].lstrip()).decode()

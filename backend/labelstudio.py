@@ -48,6 +48,18 @@ class LabelStudio:
         """The release, for example "1.23.2"; empty if it does not say."""
         return str(self.http.call("GET", "/api/version").get("release", ""))
 
+    def create_user(self, **fields: object) -> Row:
+        """Make an account in the organisation of the key's user (`email`, `username`, `first_name`, ...)."""
+        return dict(self.http.call("POST", "/api/users/", body=fields))
+
+    def users(self) -> list[Row]:
+        """Accounts of the organisation."""
+        return list(self.http.call("GET", "/api/users/"))
+
+    def delete_user(self, user: int) -> None:
+        """Delete an account; its annotations stay, without an author. Only the organisation's owner may."""
+        self._delete(f"/api/users/{user}/")
+
     def whoami(self) -> Row:
         """The user whose key we hold."""
         return dict(self.http.call("GET", "/api/current-user/whoami"))
@@ -57,6 +69,10 @@ class LabelStudio:
     def project(self, project: int) -> Row:
         """Settings of a project, its `label_config` among them."""
         return dict(self.http.call("GET", f"/api/projects/{project}/"))
+
+    def projects(self, title: str) -> list[Row]:
+        """Projects whose title contains this."""
+        return list(self.http.call("GET", "/api/projects/", params={"title": title, "page_size": 100})["results"])
 
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""
@@ -108,6 +124,19 @@ class LabelStudio:
         query = _where("predictions_model_versions", "contains", "List", [version])
         rows = self._listing(project, query, PAGE, include="id,predictions_model_versions")
         return {int(row["id"]) for row in rows if _names(row["predictions_model_versions"], version)}
+
+    def tasks_with_draft(self, project: int) -> set[int]:
+        """Ids of the tasks that somebody has a draft of, begun and not submitted."""
+        rows = self._listing(project, {}, PAGE, include="id,draft_exists,drafts")
+        return {int(row["id"]) for row in rows if row.get("draft_exists") or row.get("drafts")}
+
+    def head(self, project: int) -> set[int]:
+        """Ids of the first tasks in the order of the version in force."""
+        params = {"project": project, "page": 1, "page_size": FULL_PAGE, "include": "id"}
+        query = json.dumps({"ordering": ["tasks:predictions_score"]})
+        return {
+            int(row["id"]) for row in self.http.call("GET", "/api/tasks/", params={**params, "query": query})["tasks"]
+        }
 
     def task(self, task: int, project: int | None = None) -> Row:
         """One task with its annotations and predictions.
@@ -194,6 +223,18 @@ class LabelStudio:
                 body={"result": list(result)},
             )
         )
+
+    def annotation(self, annotation: int) -> Row:
+        """One annotation with its regions.
+
+        Raises:
+            LabelStudioError: it is gone (status 404), or any other trouble.
+        """
+        return dict(self.http.call("GET", f"/api/annotations/{annotation}/"))
+
+    def patch_annotation(self, annotation: int, **fields: object) -> Row:
+        """Change fields of an annotation; the others keep what they say. Returns it as it is then."""
+        return dict(self.http.call("PATCH", f"/api/annotations/{annotation}/", body=fields))
 
     def delete_annotation(self, annotation: int) -> None:
         """Delete an annotation; fine if it is already gone."""

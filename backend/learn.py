@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import Classes
 from model.metrics import confusion, mean_iou
-from model.network import Network, build_available, device, load, save
+from model.network import Network, build_available, checkpoint_classes, device, load, reorder_classes, save
 from model.pseudo import fine_target
 from model.training import Recipe, train
 
@@ -53,16 +53,22 @@ def model_info(project: Project) -> dict[str, Any]:
     return dict(project.store.read_json(project.key("model.json")) or {})
 
 
-def untrained_labels(project: Project, index: Index) -> list[TaskRecord]:
-    """Full annotations that the model in force has not learnt from, as they now are."""
-    trained = model_info(project).get("trained", {})
+def untrained_labels(project: Project, index: Index, classes: Classes) -> list[TaskRecord]:
+    """Full annotations that the model in force has not learnt from, as they now are; all for other classes."""
+    info = model_info(project)
+    trained = info.get("trained", {}) if knows(info, classes) else {}
     return [record for record in labelled(index) if trained.get(str(record.id)) != record.version]
+
+
+def knows(info: Mapping[str, Any], classes: Classes) -> bool:
+    """Whether a model was trained for just these classes, in whatever order."""
+    return sorted(info.get("classes", ())) == sorted(classes.fine)
 
 
 def network_key(ctx: Context, project: Project, classes: Classes) -> str:
     """Names the network that scores now: the trained version, the given checkpoint, or the bare backbone."""
     info = model_info(project)
-    if info.get("classes") == list(classes.fine):
+    if knows(info, classes):
         return str(info["version"])
     source = f"{ctx.settings.network}:{ctx.settings.checkpoint}:{classes.fine}"
     return f"source-{hashlib.sha1(source.encode()).hexdigest()[:8]}"
@@ -78,7 +84,7 @@ def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Netw
     key = network_key(ctx, project, classes)
     data = project.store.read(project.key("models", f"{key}.safetensors"))
     if data is not None:
-        return network_from(data), str(model_info(project).get("note", ""))
+        return network_from(data, classes), str(model_info(project).get("note", ""))
     if ctx.settings.checkpoint:
         return source_network(ctx.settings.checkpoint, classes), ""
     network, note = build_available(ctx.settings.network, len(classes.fine))
@@ -98,21 +104,26 @@ def source_network(checkpoint: str, classes: Classes) -> Network:
     path = Path(checkpoint)
     if not path.is_file():
         raise JobError(f"FIRSTROW_CHECKPOINT names {checkpoint}, which is not a file here: give a path all workers see")
-    network = load(path)
-    if network.num_classes != len(classes.fine):
+    names = checkpoint_classes(path)
+    if not names:
         raise JobError(
-            f"the checkpoint {checkpoint} knows {network.num_classes} classes, the project has {len(classes.fine)} "
-            f"({', '.join(classes.fine)}): give one trained for these classes, or none"
+            f"the checkpoint {checkpoint} does not name its classes, and by their order alone they might be swapped: "
+            "save it by model.network.save with the names in meta['classes'], one a line, or give none"
         )
-    return network
+    if sorted(names) != sorted(classes.fine):
+        raise JobError(
+            f"the checkpoint {checkpoint} was trained for {', '.join(names)}, the project has "
+            f"{', '.join(classes.fine)}: give one trained for these classes, or none"
+        )
+    return reorder_classes(load(path), names, classes.fine)
 
 
-def network_from(data: bytes) -> Network:
-    """A network from the bytes of its safetensors file."""
+def network_from(data: bytes, classes: Classes) -> Network:
+    """A network from the bytes of its safetensors file, its outputs in the order of these classes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
-        return load(path)
+        return reorder_classes(load(path), checkpoint_classes(path), classes.fine)
 
 
 def network_to(project: Project, version: str, network: Network, classes: Classes, ctx: Context) -> None:
@@ -125,7 +136,7 @@ def network_to(project: Project, version: str, network: Network, classes: Classe
 
 def train_round(ctx: Context, project: Project, index: Index, config: ProjectConfig, version: str) -> None:
     """Learn from every full annotation and the pool's coarse labels; the outcome becomes the model in force."""
-    new = untrained_labels(project, index)
+    new = untrained_labels(project, index, config.classes)
     test_then_train(ctx, project, new, config, version)
     network, note = base_network(ctx, project, config.classes)
     full, weak = full_samples(ctx, project, index, config), weak_samples(ctx, project, index, config)
@@ -133,6 +144,7 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
     network = train(
         network, full, weak, config.classes, recipe, device(), lambda done, total, loss: progress(done, total)
     )
+    ctx.board.go_on(project.id)
     network_to(project, version, network, config.classes, ctx)
     trained = {str(record.id): record.version for record in labelled(index)}
     info = {"version": version, "trained": trained, "classes": list(config.classes.fine), "note": note}
@@ -152,7 +164,7 @@ def full_samples(ctx: Context, project: Project, index: Index, config: ProjectCo
     """Images with a full annotation."""
     found = []
     for record in labelled(index):
-        mask = project.store.read_map(project.label_key(record.id))
+        mask = project.labels(record.id, config)
         if mask is not None:
             found.append(StoredSample(ctx, project, record, fine_target(mask, config.classes)))
     return found
@@ -160,7 +172,7 @@ def full_samples(ctx: Context, project: Project, index: Index, config: ProjectCo
 
 def weak_samples(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[StoredSample]:
     """A bounded draw of pool images that their coarse labels say something about."""
-    clusters, decided = clusters_name(ctx, project), project.decided()
+    clusters, decided = clusters_name(ctx, project), project.decided(config)
     rng = np.random.default_rng([project.id, len(index)])
     found: list[StoredSample] = []
     for record in rng.permutation(np.array(pool(index), dtype=object)):
@@ -181,8 +193,8 @@ def test_then_train(
         return
     curve = project.store.read_json(project.key("curve.json")) or []
     for record in new:
-        seen = project.prediction(key, record.id)
-        mask = project.store.read_map(project.label_key(record.id))
+        seen = project.prediction(key, record.id, config.classes.fine)
+        mask = project.labels(record.id, config)
         if seen is None or mask is None:
             continue
         table = confusion(seen[0], mask, len(config.classes.fine))
@@ -193,6 +205,7 @@ def test_then_train(
                 "trained_on": len(model_info(project).get("trained", {})),
                 "miou": float(mean_iou(table)),
                 "confusion": table.tolist(),
+                "classes": list(config.classes.fine),
             }
         )
     project.store.write_json(project.key("curve.json"), curve)

@@ -75,7 +75,9 @@ def cluster_regions(
     guesses = state["coarse"][str(task)]
     if labels is None or not guesses or config.coarse is None:
         return []
-    names = [config.classes.coarse[g] for g, _ in guesses]
+    names = [name for name, _ in guesses]
+    if not set(names) <= set(config.coarse.labels):
+        return []  # made for another label config: the next order has guesses for this one
     return coarse_regions(labels, names, config, record.size, [score for _, score in guesses])
 
 
@@ -86,9 +88,9 @@ def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapp
     keeps to them.
     """
     record, labels = stored(project, task, state)
-    own = project.own_coarse(record)
-    clusters = None if labels is None else coarse_map(labels, project.decided(), own)
-    seen = project.prediction(str(state.get("model", "")), task)
+    own = project.own_coarse(record, config)
+    clusters = None if labels is None else coarse_map(labels, project.decided(config), own)
+    seen = project.prediction(str(state.get("model", "")), task, config.classes.fine)
     if seen is None:
         if clusters is None or not known(clusters).any():
             return []

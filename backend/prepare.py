@@ -54,6 +54,7 @@ def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
         progress(done + 1, len(ids))
     if samples:
         book = fit(np.concatenate(samples), DEFAULT_K, rng)
+        ctx.board.go_on(project.id)
         project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(index)})
 
 
@@ -116,11 +117,11 @@ def count_votes(ctx: Context, project: Project, index: Index, config: ProjectCon
     if ctx.settings.clusters == "image" or not clusters:
         return np.full(DEFAULT_K, UNKNOWN, np.uint8)
     voters = [record for record in index.values() if record.coarse and not record.error]
-    decided = tally(votes_of(project, r, clusters, project.own_coarse(r), config) for r in voters)
+    decided = tally(votes_of(project, r, clusters, project.own_coarse(r, config), config) for r in voters)
     if (decided == UNKNOWN).any():
         full = tally(votes_of(project, r, clusters, implied(project, r, config), config) for r in labelled(index))
         decided = np.where(decided == UNKNOWN, full, decided).astype(np.uint8)
-    project.store.write_json(project.key("votes.json"), {"decided": decided.tolist(), "voters": len(voters)})
+    project.save_votes(decided, len(voters), config)
     return decided
 
 
@@ -131,7 +132,7 @@ def tally(votes: Iterable[NDArray[np.int64]]) -> NDArray[np.uint8]:
 
 def implied(project: Project, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
     """(H, W) the coarse mask that a full annotation implies."""
-    fine = project.store.read_map(project.label_key(record.id))
+    fine = project.labels(record.id, config)
     return None if fine is None else config.classes.coarse_table()[fine]
 
 
@@ -152,7 +153,9 @@ def target_of(
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     if labels is None:
         return None
-    return np.asarray(pseudo_ground_truth(labels, decided, project.own_coarse(record), config.classes), np.uint8)
+    return np.asarray(
+        pseudo_ground_truth(labels, decided, project.own_coarse(record, config), config.classes), np.uint8
+    )
 
 
 def histograms(records: Iterable[TaskRecord], clusters: str) -> NDArray[np.int64]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backend import named_maps
 from backend.label_config import ProjectConfig, parse
 from backend.store import Store
 from model.classes import MIXED, UNKNOWN
 from model.clusters import DEFAULT_K, Codebook
 
-Stage = Literal["new", "coarse", "returned", "full"]
-#: `model_version` of the predictions that keep a person's coarse labels after their annotation was deleted.
-COARSE_COPY = "coarse-labels"
+log = logging.getLogger(__name__)
+
+Stage = Literal["new", "coarse", "returned", "full", "other"]
+#: Changes when records get another meaning: an index of another format is made anew.
+FORMAT = 2
 #: Places at the head of the queue for which coarse-labelled tasks are called back and prelabels travel along.
 HEAD = 10
 
@@ -30,7 +34,8 @@ class TaskRecord:
         image: the task's value of the image key, empty when it has none.
         updated_at: Label Studio's time stamp of the task.
         stage: `new` (no annotation), `coarse` (only clusters labelled, so Label Studio does not serve it),
-            `returned` (coarse labels copied to a prediction, open for full segmentation), `full`.
+            `returned` (coarse labels set aside, open for full segmentation), `full`, `other` (annotated without a
+            mask, for example by a choice alone; Label Studio does not serve it again).
         annotation: id of the annotation (or of the copy, for `returned`) that our masks come from.
         version: changes whenever a person's labels of this task change.
         size: width and height of the original image in pixels, (0, 0) until it was read.
@@ -38,6 +43,9 @@ class TaskRecord:
         coarse: whether there is a coarse mask in the store.
         clusters: names the clusters of its cluster map, empty before there is one.
         counts: pixels of each cluster in that map.
+        asked: whether it was served with clusters to label.
+        callable: whether its coarse labels may be set aside: they are what we asked for, and nothing more.
+        lost: labels of its mask that are not in the label config any more; their pixels count as unknown.
     """
 
     id: int
@@ -51,6 +59,9 @@ class TaskRecord:
     coarse: bool = False
     clusters: str = ""
     counts: tuple[int, ...] = ()
+    asked: bool = False
+    callable: bool = False
+    lost: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the store."""
@@ -59,7 +70,8 @@ class TaskRecord:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TaskRecord:
         """The inverse of `to_json`."""
-        return cls(**{**row, "size": tuple(row["size"]), "counts": tuple(row.get("counts", ()))})
+        tuples = {name: tuple(row.get(name, ())) for name in ("size", "counts", "lost")}
+        return cls(**{**row, **tuples})
 
     @property
     def labelled(self) -> bool:
@@ -69,7 +81,12 @@ class TaskRecord:
     @property
     def in_pool(self) -> bool:
         """Whether Label Studio has yet to see this task segmented."""
-        return self.stage != "full"
+        return self.stage not in ("full", "other")
+
+    @property
+    def annotated(self) -> bool:
+        """Whether Label Studio counts an annotation of it."""
+        return self.stage in ("coarse", "full", "other")
 
 
 Index = dict[int, TaskRecord]
@@ -102,7 +119,11 @@ class Project:
             ConfigError: it cannot be used, or none was ever saved (then with an empty config's message).
         """
         saved = self.store.read_json(self.key("config.json")) or {}
-        return parse(saved.get("label_config", ""), saved.get("extra", {}).get("groups"))
+        return parse(saved.get("label_config", ""), recorded=saved.get("extra"))
+
+    def label_config(self) -> str:
+        """The label config's text as last saved."""
+        return str((self.store.read_json(self.key("config.json")) or {}).get("label_config", ""))
 
     def extra(self) -> dict[str, Any]:
         """What `attach` recorded in Label Studio: groups, image hosts, what was there before."""
@@ -111,12 +132,21 @@ class Project:
 
     def index(self) -> Index:
         """Every task of the project as last seen, by id."""
-        rows = self.store.read_json(self.key("index.json")) or []
-        return {row["id"]: TaskRecord.from_json(row) for row in rows}
+        saved = self.store.read_json(self.key("index.json"))
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            return {}  # of another release: everything is read again from Label Studio
+        return {row["id"]: TaskRecord.from_json(row) for row in saved["tasks"]}
 
-    def save_index(self, index: Index) -> None:
-        """Replace the index."""
-        self.store.write_json(self.key("index.json"), [index[i].to_json() for i in sorted(index)])
+    def save_index(self, index: Index, config: ProjectConfig | None = None) -> None:
+        """Replace the index; `config` is the label config by which its labels were read, the same as before if None."""
+        meaning = self.index_meaning() if config is None else config.meaning
+        rows = [index[i].to_json() for i in sorted(index)]
+        self.store.write_json(self.key("index.json"), {"format": FORMAT, "meaning": meaning, "tasks": rows})
+
+    def index_meaning(self) -> str:
+        """Names the label config by which the index's labels were read; empty before the first."""
+        saved = self.store.read_json(self.key("index.json"))
+        return str(saved.get("meaning", "")) if isinstance(saved, dict) else ""
 
     def save_shard(self, step: str, number: int, shard: int, records: Iterable[TaskRecord], **more: Any) -> None:
         """Leave the tasks of one job where the job finds them: it need not read those of all others."""
@@ -141,6 +171,10 @@ class Project:
         """Where the coarse mask that a person gave a task lies."""
         return self.key("coarse", f"{task}.png")
 
+    def coarse_answer_key(self, annotation: int) -> str:
+        """Where the whole of a coarse answer that was set aside lies."""
+        return self.key("coarse-answers", f"{annotation}.json")
+
     def label_key(self, task: int) -> str:
         """Where the annotation mask (fine classes) of a task lies."""
         return self.key("labels", f"{task}.png")
@@ -149,16 +183,54 @@ class Project:
         """Where the network's mask of a task lies (class and confidence, side by side)."""
         return self.key("predictions", model, f"{task}.png")
 
-    def save_prediction(self, model: str, task: int, prediction: NDArray[np.uint8], sure: NDArray[np.uint8]) -> None:
-        """Keep the network's class (H, W) and confidence (H, W, 0..255) of every pixel."""
-        self.store.write_map(self.prediction_key(model, task), np.hstack([prediction, sure]))
+    def save_prediction(
+        self, model: str, task: int, prediction: NDArray[np.uint8], sure: NDArray[np.uint8], names: Sequence[str]
+    ) -> None:
+        """Keep the network's class (H, W), by number in `names`, and confidence (H, W, 0..255) of every pixel."""
+        self.write_named(self.prediction_key(model, task), np.hstack([prediction, sure]), names)
 
-    def prediction(self, model: str, task: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
-        """The network's class and confidence of every pixel, None when not scored by this model."""
-        both = self.store.read_map(self.prediction_key(model, task)) if model else None
+    def prediction(
+        self, model: str, task: int, names: Sequence[str]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """The network's class, by number in `names`, and confidence of every pixel; None when not scored by it."""
+        both = self.read_named(self.prediction_key(model, task)) if model else None
         if both is None:
             return None
-        return both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+        values, before = both
+        width = values.shape[1] // 2
+        return named_maps.renumbered(values[:, :width], before, names), values[:, width:]
+
+    def save_labels(self, task: int, mask: NDArray[np.uint8], config: ProjectConfig) -> None:
+        """Keep a task's annotation mask (H, W): fine class or IGNORE."""
+        self.write_named(self.label_key(task), mask, config.classes.fine)
+
+    def labels(self, task: int, config: ProjectConfig) -> NDArray[np.uint8] | None:
+        """A task's annotation mask (H, W) in the fine classes of today; None without one."""
+        saved = self.read_named(self.label_key(task))
+        return None if saved is None else named_maps.renumbered(*saved, config.classes.fine)
+
+    def save_own_coarse(self, task: int, mask: NDArray[np.uint8], config: ProjectConfig) -> None:
+        """Keep the coarse mask (H, W) that a person gave a task: coarse class, MIXED or UNKNOWN."""
+        self.write_named(self.coarse_key(task), mask, config.classes.coarse)
+
+    def own_coarse(self, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
+        """The coarse mask that a person gave a task, in the coarse classes of today; None without one."""
+        saved = self.read_named(self.coarse_key(record.id)) if record.coarse else None
+        return None if saved is None else named_maps.renumbered(*saved, config.classes.coarse)
+
+    def write_named(self, key: str, values: NDArray[np.uint8], names: Sequence[str]) -> None:
+        """Keep a map (H, W) with the names of its values."""
+        self.store.write(key, named_maps.encode(values, names))
+
+    def read_named(self, key: str) -> tuple[NDArray[np.uint8], tuple[str, ...]] | None:
+        """A map and the names of its values; None without one. A damaged one is removed, so that it is made again."""
+        data = self.store.read(key)
+        try:
+            return None if data is None else named_maps.decode(data)
+        except ValueError as error:
+            log.warning("%s: %s; it is made again", key, error)
+            self.store.delete(key)
+            return None
 
     def state(self) -> dict[str, Any]:
         """The small state written at each publish; empty before the first."""
@@ -169,14 +241,17 @@ class Project:
         for name in ("state.json", "ranking.json", "generations.json", "served.json"):
             self.store.delete(self.key(name))
 
-    def decided(self) -> NDArray[np.uint8]:
+    def save_votes(self, decided: NDArray[np.uint8], voters: int, config: ProjectConfig) -> None:
+        """Keep the coarse class of each cluster, by name, and how many tasks have voted."""
+        names = dict(enumerate(config.classes.coarse))
+        rows = [names.get(int(value), int(value)) for value in decided]
+        self.store.write_json(self.key("votes.json"), {"clusters": rows, "voters": voters})
+
+    def decided(self, config: ProjectConfig) -> NDArray[np.uint8]:
         """(k,) coarse class of each cluster by the votes so far; MIXED and UNKNOWN allow every class."""
         saved = self.store.read_json(self.key("votes.json")) or {}
-        return np.array(saved.get("decided", [UNKNOWN] * DEFAULT_K), np.uint8)
-
-    def own_coarse(self, record: TaskRecord) -> NDArray[np.uint8] | None:
-        """The coarse mask that a person gave this task, None without one."""
-        return self.store.read_map(self.coarse_key(record.id)) if record.coarse else None
+        number = {name: value for value, name in enumerate(config.classes.coarse)} | {MIXED: MIXED}
+        return np.array([number.get(row, UNKNOWN) for row in saved.get("clusters", [None] * DEFAULT_K)], np.uint8)
 
 
 def pool(index: Index) -> list[TaskRecord]:
@@ -191,7 +266,7 @@ def labelled(index: Index) -> list[TaskRecord]:
 
 def stages(index: Index) -> dict[str, int]:
     """How many tasks are in each stage, and how many have an error."""
-    counts = dict.fromkeys(("new", "coarse", "returned", "full"), 0)
+    counts = dict.fromkeys(("new", "coarse", "returned", "full", "other"), 0)
     for record in index.values():
         counts[record.stage] += 1
     return {**counts, "unusable": sum(bool(record.error) for record in index.values())}
@@ -200,7 +275,7 @@ def stages(index: Index) -> dict[str, int]:
 def deleted_tasks(index: Index, annotations: Iterable[int]) -> set[int]:
     """Tasks whose annotation is among the deleted ones."""
     gone = set(annotations)
-    return {record.id for record in index.values() if record.annotation in gone and record.stage in ("coarse", "full")}
+    return {record.id for record in index.values() if record.annotation in gone and record.annotated}
 
 
 def with_error(record: TaskRecord, error: Exception) -> TaskRecord:

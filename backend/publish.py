@@ -10,7 +10,18 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from backend.connection import our_backend, signed
+from backend.coarse_answers import (
+    COARSE_COPY,
+    SKIPS,
+    active,
+    copies_of,
+    copy_of,
+    digest,
+    give_back,
+    may_be_set_aside,
+    original_of,
+)
+from backend.connection import our_backend
 from backend.context import Context
 from backend.errors import JobError, LabelStudioError
 from backend.generations import VERSION, queue_name, remember
@@ -18,7 +29,7 @@ from backend.label_config import ProjectConfig
 from backend.learn import is_trained, model_info, network_key
 from backend.prelabels import regions
 from backend.prepare import clusters_name
-from backend.project import COARSE_COPY, HEAD, Index, Project, TaskRecord, stages
+from backend.project import HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
 from backend.score import scores_key
 
@@ -53,18 +64,32 @@ def publish_order(
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
         state["queue"] = served["queue"]
-    ctx.board.set_state(project.id, state)  # /setup and /predict answer for the new order before it is served
-    project.store.write_json(project.key("state.json"), state)
+    ctx.board.go_on(project.id)
+    answer_for(ctx, project, state)
     if served is not None:
         move_head(ctx, project, config, tasks, state, served)
     elif places:
         send(ctx, project, config, places, state)
+        ctx.board.go_on(project.id)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
         project.store.write_json(project.key("served.json"), {"queue": state["queue"], "tasks": tasks, "changes": 0})
     remember(project, number, tasks, state["queue"])
     project.store.write_json(project.key("ranking.json"), [dict(vars(place)) for place in places])
+    project.store.write_json(project.key("state.json"), state)  # the last word: this order is served
+    ctx.board.set_state(project.id, state)
     return state
+
+
+def answer_for(ctx: Context, project: Project, state: dict[str, Any]) -> None:
+    """Have `/setup` and `/predict` answer for an order that is about to be served.
+
+    Only for what they answer from: `round`, `queue` and `basis` name the order that is served, until this one is.
+    """
+    answered = {name: state[name] for name in ("version", "model", "clusters", "coarse")}
+    before = project.state()
+    if before:
+        ctx.board.set_state(project.id, {**before, **answered})
 
 
 def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, Any] | None:
@@ -98,6 +123,7 @@ def move_head(
     served = {**served, "changes": served["changes"] + bool(head)}
     project.store.write_json(project.key("served.json"), served)
     for position, task in enumerate(head):  # the first one first: it is what the next person gets
+        ctx.board.go_on(project.id)
         result = regions(project, config, task, state)
         score = head_score(served["changes"], position)
         ctx.studio.create_prediction(task, result, served["queue"], score)
@@ -155,11 +181,16 @@ def basis(ctx: Context, project: Project, index: Index, config: ProjectConfig) -
 
 
 def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
-    """Whether the order that Label Studio sorts by now was made from just what we know."""
-    state = ctx.board.state(project.id)
-    if not state or state.get("basis") != basis(ctx, project, index, config):
+    """Whether the order that Label Studio sorts by now was made from just what we know, and all that tells is there."""
+    state, store = project.state(), project.store  # the store's: Redis may tell of an order that was never served
+    if not state or state.get("basis") != basis(ctx, project, index, config) or not ctx.board.state(project.id):
         return False
-    return bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
+    if any(store.read_json(project.key(name)) is None for name in ("ranking.json", "generations.json")):
+        return False
+    if not state["tasks"]:
+        return True
+    served = store.read_json(project.key("served.json")) is not None
+    return served and bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
 
 
 def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]) -> None:
@@ -179,6 +210,7 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
     delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
+        ctx.board.go_on(project.id)
         created = ctx.studio.import_predictions(project.id, chunk)
         if created != len(chunk):
             raise JobError(
@@ -193,35 +225,66 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
         ctx.studio.delete_version(project.id, version)
 
 
+def mark_asked(index: Index, places: Sequence[Place]) -> Index:
+    """The index in which each task that is about to show clusters says so."""
+    asked = {place.task: replace(index[place.task], asked=True) for place in places if place.ask == "coarse"}
+    return {**index, **asked}
+
+
 def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Place]) -> Index:
     """Open coarse-labelled tasks at the head of the order for full segmentation.
 
-    Copy first, delete second: a death in between leaves both, and the next round takes up where this one stopped.
+    Copy first, then change: a death in between leaves the annotation as it was, and the next round starts over.
     """
     index = dict(index)
     for place in places:
         record = index[place.task]
-        if record.stage == "coarse" and not record.error:
+        if record.stage == "coarse" and record.callable and not record.error:
             index[place.task] = reopen(ctx, project, record)
     return index
 
 
 def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
-    """Keep a task's coarse annotation as a prediction, then delete it, so that Label Studio serves the task again."""
+    """Set a task's coarse answers aside, so that Label Studio serves the task again.
+
+    Returns:
+        The record, as it was where anything about the task's annotations is not what was read: a person was faster,
+        and the next round looks at the task anew.
+    """
+    config, extra = project.config(), project.extra()
     task = ctx.studio.task(record.id, project.id)
-    found = [a for a in task.get("annotations") or [] if a["id"] == record.annotation]
-    if not found:
-        return record  # a person was faster: their change has its own event
-    annotation = found[0]
-    copies = [p for p in task.get("predictions") or [] if p.get("model_version") == COARSE_COPY]
-    kept = signed(annotation["result"], int(annotation["completed_by"]))
-    if not any(copy.get("result") == kept for copy in copies):
-        ctx.studio.create_prediction(record.id, kept, COARSE_COPY)
-    ctx.board.ours(annotation["id"])
+    rows, keeper = active(task), int(extra.get("keeper", 0))
+    free = all(may_be_set_aside(task, row, config, str(extra.get("since", "")), keeper) for row in rows)
+    if not rows or not free or not any(row["id"] == record.annotation for row in rows):
+        ctx.board.remember(project.id, [record.id])
+        return record
+    if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
+        ctx.board.remember(project.id, [record.id])
+        return record
+    log.info("project %d, task %d: coarse labels set aside, task open again", project.id, record.id)
+    return replace(record, stage="returned", annotation=0, callable=False)
+
+
+def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: dict[str, Any], keeper: int) -> bool:
+    """Copy an annotation, hand it to our keeper as a skipped one, and look whether it still is what was copied.
+
+    Returns:
+        Whether it is; else a person has changed it meanwhile, and it is theirs again.
+    """
+    content, number = digest(annotation), int(annotation["id"])
+    project.store.write_json(project.coarse_answer_key(number), {"task": task["id"], "annotation": annotation})
+    known = {int(row["id"]): original_of(row) for row in copies_of(task)}
+    same = [copy for copy, row in known.items() if row.get("id") == number and digest(row) == content]
+    copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
+    ctx.board.expect_own_update(number, content)
+    fields = {"was_cancelled": True, "completed_by": keeper, **SKIPS[str(project.extra()["skips"])]}
     try:
-        ctx.studio.delete_annotation(annotation["id"])
+        if digest(ctx.studio.annotation(number)) == content:
+            if digest(ctx.studio.patch_annotation(number, **fields)) == content:
+                return True
+            give_back(ctx.studio, number, annotation)
     except LabelStudioError as error:
         if error.status != 404:
             raise
-    log.info("project %d, task %d: coarse labels kept as %s, task open again", project.id, record.id, COARSE_COPY)
-    return replace(record, stage="returned", annotation=0)
+    ctx.studio.delete_prediction(copy)
+    return False

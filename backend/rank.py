@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.coarse_answers import SKIPS
 from backend.context import Context
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, network_key
@@ -47,12 +48,12 @@ def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) ->
 
     First come the tasks whose coarse labels cover the pool best, while coarse labels are wanted; then the strategy's
     order; then tasks without a score. A coarse-labelled task is not in the order while coarse labels are wanted, nor
-    further back than `HEAD`: it is not called back before it is wanted.
+    further back than `HEAD`: it is not called back before it is wanted. One that may not be set aside is in no order.
     """
     asked = coarse_asks(ctx, project, index, config)
     places = [Place(task, "coarse", float("nan"), {"coverage": share}) for task, share in asked]
     first = {place.task for place in places}
-    rest = [r for r in pool(index) if r.id not in first]
+    rest = [r for r in pool(index) if r.id not in first and (r.stage != "coarse" or r.callable)]
     places += strategy_order(ctx, project, index, config, rest)
     head = 0 if asked else HEAD
     return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < head]
@@ -98,12 +99,12 @@ def reasoned(tasks: Sequence[int], ranking: Ranking, i: int) -> Place:
 
 def coarse_asks(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[tuple[int, float]]:
     """Tasks to be labelled coarsely next, best cover of the pool first, with the share each one adds."""
-    clusters = clusters_name(ctx, project)
-    if config.coarse is None or not clusters:
-        return []
+    clusters, extra = clusters_name(ctx, project), project.extra()
+    if config.coarse is None or not clusters or not extra.get("keeper") or extra.get("skips") not in SKIPS:
+        return []  # what cannot be set aside is not asked for: it would keep its task from being segmented
     everyone = [index[i] for i in sorted(index) if not index[i].error]
     counts = histograms(everyone, clusters)
-    wanted = coarse_wanted(ctx, everyone, counts, project.decided())
+    wanted = coarse_wanted(ctx, everyone, counts, project.decided(config))
     if not wanted:
         return []
     chosen = [i for i, r in enumerate(everyone) if r.coarse or r.labelled]
@@ -125,22 +126,24 @@ def coarse_wanted(
     return int(enough > 0 and ctx.settings.clusters == "codebook" and undecided > UNDECIDED and done < MOST * enough)
 
 
-def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[tuple[int, float]]:
-    """A guess for each cluster of one task: (coarse class, how sure, 0..1).
+def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectConfig) -> list[tuple[str, float]]:
+    """A guess for each cluster of one task: (name of the coarse class, how sure, 0..1).
 
     By what is known, the best first: the votes so far, the network's mask, a vegetation index, else the background.
     """
-    clusters, decided = clusters_name(ctx, project), project.decided()
+    clusters, decided = clusters_name(ctx, project), project.decided(config)
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     if labels is None:
         return []
     key = network_key(ctx, project, config.classes)
-    seen = project.prediction(key, record.id) if is_trained(ctx, key) else None
+    seen = project.prediction(key, record.id, config.classes.fine) if is_trained(ctx, key) else None
     green = None
     if seen is None and len(config.classes.coarse) == 2:
         image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
         green = vegetation_guess(image, labels, len(decided))
-    return [guess(k, decided, labels, None if seen is None else seen[0], green, config) for k in range(len(decided))]
+    fine = None if seen is None else seen[0]
+    each = [guess(k, decided, labels, fine, green, config) for k in range(len(decided))]
+    return [(config.classes.coarse[coarse], sure) for coarse, sure in each]
 
 
 def guess(
@@ -156,8 +159,9 @@ def guess(
         return int(decided[k]), 1.0
     here = labels == k
     if seen is not None and here.any():
-        groups = np.bincount(np.asarray(config.classes.coarse_of())[seen[here]], minlength=len(config.classes.coarse))
-        return int(groups.argmax()), float(groups.max() / groups.sum())
+        coarse = config.classes.coarse_table()[seen[here]]
+        groups = np.bincount(coarse[coarse != UNKNOWN], minlength=len(config.classes.coarse))
+        return int(groups.argmax()), float(groups.max() / max(groups.sum(), 1))
     if green is not None and np.isfinite(green[k]):
         return int(green[k] > 0.5), float(max(green[k], 1 - green[k]))
     return 0, 1.0 / len(config.classes.coarse)

@@ -24,8 +24,8 @@ from backend.rle import Ints, decode_rle, encode_changes
 from model.classes import IGNORE
 from model.data import BUDGET, BYTES, MOST_BYTES
 
-#: A pixel that no region covers.
-UNLABELLED = 255
+#: A pixel that no region covers, and one whose region has a label that is not asked for.
+UNLABELLED, FOREIGN = 255, 254
 #: More regions than this make the editor slow and help nobody.
 MOST_REGIONS = 60
 #: Smaller pieces, as a share of the image, of one class share a region.
@@ -75,7 +75,7 @@ def to_mask(result: Sequence[Mapping[str, Any]], control: Control, size: Size, l
         labels: names; their positions are the mask's values.
 
     Returns:
-        (H, W) position in `labels`, or UNLABELLED.
+        (H, W) position in `labels`, FOREIGN where the region has another label, or UNLABELLED.
 
     Raises:
         MaskError: a region cannot be read; it names the region.
@@ -110,9 +110,7 @@ def position(region: Mapping[str, Any], control: Control, labels: Sequence[str])
     names = region["value"].get(control.tag.lower()) or []
     if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"it has {len(names)} labels instead of one")
-    if names[0] not in labels:
-        raise ValueError(f"its label {str(names[0])[:50]!r} is not in the label config any more")
-    return list(labels).index(names[0])
+    return list(labels).index(names[0]) if names[0] in labels else FOREIGN
 
 
 def read_region(region: Mapping[str, Any], tag: str, size: Size) -> Mask:

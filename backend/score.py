@@ -50,7 +50,7 @@ def extras(ctx: Context) -> tuple[str, ...]:
 
 def scores_key(ctx: Context, project: Project, config: ProjectConfig) -> str:
     """Names scores that may be compared: same network, same meaning of the clusters, same classes."""
-    clusters, decided = clusters_name(ctx, project), project.decided().tobytes()
+    clusters, decided = clusters_name(ctx, project), project.decided(config).tobytes()
     said = f"{clusters}:{decided!r}:{config.classes}:{ctx.settings.image_size}:{','.join(extras(ctx))}"
     return f"{network_key(ctx, project, config.classes)}-{hashlib.sha1(said.encode()).hexdigest()[:12]}"
 
@@ -61,7 +61,7 @@ def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], c
     network, rows, kept = scorer(ctx, project, key, config.classes), [], []
     for done, (record, image, target) in enumerate(ahead(inputs(ctx, project, records, config))):
         score = network.score(image, target)
-        project.save_prediction(key, record.id, score.prediction, score.confidence)
+        project.save_prediction(key, record.id, score.prediction, score.confidence, config.classes.fine)
         rows.append(score)
         kept.append(record)
         progress(done + 1, len(records))
@@ -83,14 +83,14 @@ def inputs(
     ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig
 ) -> Iterator[tuple[TaskRecord, NDArray[np.uint8], NDArray[np.uint8]]]:
     """Each usable image with its target: the annotation mask where there is one, else the pseudo ground truth."""
-    clusters, decided = clusters_name(ctx, project), project.decided()
+    clusters, decided = clusters_name(ctx, project), project.decided(config)
     for record in records:
         try:
             image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
         except ImageFetchError as error:
             log.warning("project %d, task %d is not scored: %s", project.id, record.id, error)
             continue
-        mask = project.store.read_map(project.label_key(record.id)) if record.labelled else None
+        mask = project.labels(record.id, config) if record.labelled else None
         target = (
             target_of(project, record, clusters, decided, config)
             if mask is None

@@ -19,6 +19,8 @@ from backend.connection import (
     USER,
     credentials,
     digest,
+    keeper_account,
+    keeper_address,
     note_of,
     our_backend,
     our_tabs,
@@ -67,6 +69,7 @@ class Found:
 def steps(found: Found) -> Iterator[Step]:
     """The changes that are still to be made."""
     yield from connection_steps(found)
+    yield from keeper_steps(found)
     yield from webhook_steps(found)
     yield from config_steps(found)
     yield from flag_steps(found)
@@ -94,6 +97,39 @@ def connection_faults(found: Found, ours: Row) -> Iterator[tuple[str, bool]]:
     yield "groups, image hosts and the former settings are not recorded", note_of(ours) != new_note(found)
 
 
+def keeper_steps(found: Found) -> Iterator[Step]:
+    """Make the account that keeps coarse labels which are set aside, and write its id down."""
+    if not note_of(found.ours).get("keeper"):
+        address = keeper_address(found.id)
+        yield Step(
+            f"Make the account {address} without a password: coarse labels are handed to it while their task is "
+            "segmented in full; `firstrow detach` gives them back and deletes it.",
+            lambda: make_keeper(found),
+        )
+
+
+def make_keeper(found: Found) -> None:
+    """Make the keeper account, or take the key's own user where accounts may not be made."""
+    studio, ours = found.studio, our_backend(found.studio, found.id, found.settings)
+    if ours is None:
+        raise AttachRefused(f"the ML backend of project {found.id} is gone: run `firstrow attach` again")
+    extra = dict(ours["extra_params"] or {})
+    extra[NOTE] = {**note_of(ours), "keeper": keeper_account(studio, found.id) or new_keeper(studio, found.id)}
+    studio.patch_ml(ours["id"], **credentials(found.settings, found.id), extra_params=extra)
+
+
+def new_keeper(studio: LabelStudio, project: int) -> int:
+    """Id of a new keeper account; of the key's own user where Label Studio lets us make none."""
+    names = {"first_name": "First Row", "last_name": f"(keeps coarse labels of project {project})"}
+    try:
+        address = keeper_address(project)
+        return int(studio.create_user(email=address, username=address.partition("@")[0], **names)["id"])
+    except LabelStudioError as error:
+        if error.status not in (400, 403, 404, 405):
+            raise
+        return int(studio.whoami()["id"])
+
+
 def new_note(found: Found) -> dict[str, Any]:
     """Our note as it should be; what was there before us is written down once."""
     old, row = note_of(found.ours), found.project
@@ -103,8 +139,9 @@ def new_note(found: Found) -> dict[str, Any]:
         before["label_config"] = without_coarse(now)  # somebody changed the rest: detach goes back to their version
     if stamp is None or found.new_config != now:
         stamp = digest(found.new_config)
-    groups = named_groups(found.config)
-    return {"before": before, "groups": groups, "image_hosts": list(found.hosts), "config": stamp}
+    groups, keeper = named_groups(found.config), {"keeper": old["keeper"]} if "keeper" in old else {}
+    background = {"background": found.config.background}
+    return {"before": before, "groups": groups, "image_hosts": list(found.hosts), "config": stamp} | background | keeper
 
 
 def former(found: Found) -> dict[str, Any]:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.coarse_answers import (
+    COARSE_COPY,
+    active,
+    copies_of,
+    digest,
+    give_back,
+    held,
+    is_cluster,
+    is_vote,
+    kind_of,
+    labels_of,
+    may_be_set_aside,
+    original_of,
+    was_asked,
+)
 from backend.connection import OURS, note_of, our_backend
 from backend.context import Context
 from backend.errors import ImageFetchError, LabelStudioError, MaskError
-from backend.label_config import Control, ProjectConfig
-from backend.project import (
-    COARSE_COPY,
-    Index,
-    Project,
-    TaskRecord,
-    deleted_tasks,
-    with_error,
-)
+from backend.label_config import MIXED_LABEL, ProjectConfig, parse
+from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks, with_error
 from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
 
@@ -34,14 +42,26 @@ FEW = 50
 Source = dict[str, Any] | None
 
 
-def refresh_config(ctx: Context, project: Project) -> ProjectConfig:
-    """Read the label config, and what `attach` recorded, from Label Studio into the store."""
+def refresh_config(ctx: Context, project: Project, save: bool = True) -> ProjectConfig:
+    """Read the label config, and what `attach` recorded, from Label Studio into the store.
+
+    Args:
+        ctx: the doors.
+        project: whose config it is.
+        save: False while a round runs: it goes on with the config that it began with, or starts anew.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     seen = ctx.studio.project(project.id)
     ours = our_backend(ctx.studio, project.id, ctx.settings)
     names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
-    project.save_config(seen["label_config"], {**note_of(ours), "round": max(rounds, default=0)})
-    return project.config()
+    extra = {"round": max(rounds, default=0), "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
+    note = {**note_of(ours), **extra}
+    if save:
+        project.save_config(seen["label_config"], note)
+    return parse(seen["label_config"], recorded=note)
 
 
 def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, set[int]]:
@@ -53,9 +73,13 @@ def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, 
     changed, deleted = ctx.board.take(project.id)
     index = project.index()
     changed |= deleted_tasks(index, deleted)
-    if index and len(changed) <= FEW:
+    stale = project.index_meaning() != config.meaning
+    if stale:
+        changed |= {record.id for record in index.values() if record.stage != "new"}  # their labels mean something else
+    if index and not stale and len(changed) <= FEW:
         return index, changed
-    return listing(ctx, project, config, index)
+    index, read = listing(ctx, project, config, index)
+    return index, read | (changed & index.keys())
 
 
 def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index) -> tuple[Index, set[int]]:
@@ -68,8 +92,10 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
     fresh: Index = {}
     read: set[int] = set()
     for row in ctx.studio.tasks(project.id):
-        old = index.get(row["id"])
-        fresh[row["id"]] = old or TaskRecord(row["id"], image_value(row, config), row.get("updated_at", ""))
+        old, image = index.get(row["id"]), image_value(row, config)
+        if old is not None and old.image != image:
+            old = replace(old, image=image, size=(0, 0), error="", clusters="", counts=())
+        fresh[row["id"]] = old or TaskRecord(row["id"], image, row.get("updated_at", ""))
         if differs(row, old) or row["id"] in copies:
             read.add(row["id"])
     return fresh, read
@@ -80,9 +106,9 @@ def differs(row: Mapping[str, Any], old: TaskRecord | None) -> bool:
     annotations = int(row.get("total_annotations") or 0)
     if old is None:
         return annotations > 0
-    if annotations != int(old.stage in ("coarse", "full")):
+    if bool(annotations) != old.annotated:
         return True
-    return bool(annotations > 0 or old.error) and row.get("updated_at", "") != old.updated_at
+    return bool(annotations > 0 or old.stage == "returned" or old.error) and row.get("updated_at", "") != old.updated_at
 
 
 def image_value(row: Mapping[str, Any], config: ProjectConfig) -> str:
@@ -104,10 +130,11 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         if error.status == 404:
             return None
         raise
-    record = replace(
-        record, image=image_value(task, config), updated_at=task.get("updated_at", ""), error="", coarse=False
-    )
-    record = replace(record, **vars_of_labels(task, config))
+    task = return_what_changed(ctx, project, task)
+    asked = record.asked or was_asked(task, config, OURS)
+    fresh = {"image": image_value(task, config), "updated_at": task.get("updated_at", ""), "error": "", "lost": ()}
+    record = replace(record, **fresh, coarse=False, asked=asked)
+    record = replace(record, **vars_of_labels(project, task, config, asked))
     try:
         return read_masks(ctx, project, config, record, task)
     except (ImageFetchError, MaskError) as error:
@@ -115,54 +142,82 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         return with_error(record, error)
 
 
-def vars_of_labels(task: Mapping[str, Any], config: ProjectConfig) -> dict[str, Any]:
-    """Stage, annotation id and version of a task, from its annotations and predictions."""
-    stage, annotation, copy = stage_of(task, config)
-    said = [f"{s['id']}:{s.get('updated_at') or s.get('created_at')}" for s in (annotation, copy) if s]
-    version = hashlib.sha1(",".join(said).encode()).hexdigest()[:12] if said else ""
-    return {"stage": stage, "annotation": annotation["id"] if annotation else 0, "version": version}
+def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) -> dict[str, Any]:
+    """Give a coarse answer back that its author has changed after it was set aside, for example in an open editor.
+
+    Returns:
+        The task as it is then.
+    """
+    keeper, returned = int(project.extra().get("keeper", 0)), False
+    for copy in copies_of(task):
+        annotation, original = held(task, copy, keeper), original_of(copy)
+        if annotation is None:
+            continue
+        missed = ctx.board.missed_update(annotation["id"]) if digest(annotation) == digest(original) else None
+        if missed is None and digest(annotation) == digest(original) and annotation["was_cancelled"]:
+            continue
+        log.info("project %d, task %d: its coarse labels were changed: given back", project.id, task["id"])
+        more = {"result": missed["result"]} if missed is not None else {}
+        give_back(ctx.studio, annotation["id"], original, **more)
+        ctx.board.forget_update(annotation["id"])
+        ctx.studio.delete_prediction(copy["id"])
+        returned = True
+    return ctx.studio.task(task["id"], project.id) if returned else task
 
 
-def stage_of(task: Mapping[str, Any], config: ProjectConfig) -> tuple[str, Source, Source]:
+def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> dict[str, Any]:
+    """Stage, annotation id, version, and whether it may be set aside, of a task by its annotations and predictions."""
+    stage, annotation, copy = stage_of(task, config, asked)
+    sources = [f"{s['id']}:{s.get('updated_at') or s.get('created_at')}" for s in (annotation, copy) if s]
+    named = ",".join([*sources, config.meaning])
+    version = hashlib.sha1(named.encode()).hexdigest()[:12] if sources else ""
+    since, keeper = str(project.extra().get("since", "")), int(project.extra().get("keeper", 0))
+    free = [may_be_set_aside(dict(task), row, config, since, keeper) for row in active(dict(task))]
+    number = annotation["id"] if annotation else 0
+    return {"stage": stage, "annotation": number, "version": version, "callable": asked and bool(free) and all(free)}
+
+
+def stage_of(task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> tuple[Stage, Source, Source]:
     """The stage of a task, its annotation in force, and the kept copy of its coarse labels.
 
-    The newest annotation that uses the fine control wins; an empty one counts as full only where pixels without
-    a region have a meaning. Skipped (cancelled) annotations say nothing about the image.
+    The newest full segmentation wins, then the newest coarse answer. Skipped (cancelled) annotations say nothing about
+    the image.
     """
-    copies = [p for p in task.get("predictions") or [] if p.get("model_version") == COARSE_COPY]
-    copy = max(copies, key=lambda p: int(p["id"])) if copies else None
-    done = [a for a in task.get("annotations") or [] if not a.get("was_cancelled")]
-    done.sort(key=lambda a: str(a.get("updated_at", "")), reverse=True)
-    for annotation in done:
-        if uses(annotation, config.fine) or (not annotation.get("result") and config.background == ""):
-            return "full", annotation, copy
-    if done:
-        return "coarse", done[0], copy
+    copies = copies_of(dict(task))
+    copy = copies[-1] if copies else None
+    done = active(dict(task))
+    for stage in ("full", "coarse", "other"):
+        for annotation in done:
+            if kind_of(annotation, config, asked) == stage:
+                return stage, annotation, copy
     return ("returned" if copy else "new"), None, copy
-
-
-def uses(annotation: Mapping[str, Any], control: Control | None) -> bool:
-    """Whether an annotation has a region of this control."""
-    return control is not None and any(r.get("from_name") == control.name for r in annotation.get("result") or [])
 
 
 def read_masks(
     ctx: Context, project: Project, config: ProjectConfig, record: TaskRecord, task: Mapping[str, Any]
 ) -> TaskRecord:
     """Write the task's coarse mask and annotation mask to the store, at work resolution."""
-    stage, annotation, copy = stage_of(task, config)
+    stage, annotation, copy = stage_of(task, config, record.asked)
     if annotation is None and copy is None:
         return record
     image, size = ctx.images(project.id).get(project.id, record.id, record.image)
     record, work = replace(record, size=size), (image.shape[1], image.shape[0])
     if annotation is not None and stage == "full":
-        project.store.write_map(project.label_key(record.id), fine_mask(checked(annotation, size), config, work))
+        result = checked(annotation, size)
+        project.save_labels(record.id, fine_mask(result, config, work), config)
+        record = replace(record, lost=lost_labels(result, config))
     for source in filter(None, (annotation, copy)):
         coarse = coarse_mask(checked(source, size), config, work)
         if coarse is not None:
-            project.store.write_map(project.coarse_key(record.id), coarse)
+            project.save_own_coarse(record.id, coarse, config)
             return replace(record, coarse=True)
     return record
+
+
+def lost_labels(result: Sequence[Mapping[str, Any]], config: ProjectConfig) -> tuple[str, ...]:
+    """Labels of drawn regions that are not in the label config any more, by name."""
+    drawn = [r for r in result if r.get("from_name") == config.fine.name and not is_cluster(r)]
+    return tuple(sorted(labels_of(drawn) - set(config.fine.labels)))
 
 
 def checked(source: Mapping[str, Any], size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -183,22 +238,37 @@ def checked(source: Mapping[str, Any], size: tuple[int, int]) -> list[dict[str, 
 
 
 def fine_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W) fine class of every pixel; pixels without a region are the implicit background, or IGNORE."""
-    mask = to_mask(result, config.fine, work, config.fine.labels)
+    """(H, W) fine class of every pixel; pixels without a region are the implicit background, or IGNORE.
+
+    Clusters are coarse answers even with a fine label: their pixels are IGNORE where nothing was drawn. So are pixels
+    of a region whose label is gone.
+    """
+    drawn = [region for region in result if not is_cluster(region)]
+    mask = to_mask(drawn, config.fine, work, config.fine.labels)
+    slips = [region for region in result if is_cluster(region)]
+    of_clusters = to_mask(slips, config.fine, work, config.fine.labels) != UNLABELLED
     order = np.full(256, IGNORE, np.uint8)
     for position, label in enumerate(config.fine.labels):
         order[position] = config.classes.fine.index(label)
     order[UNLABELLED] = 0 if config.background == "" else IGNORE
-    return order[mask]
+    return np.where(of_clusters & (mask == UNLABELLED), IGNORE, order[mask]).astype(np.uint8)
 
 
 def coarse_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """(H, W) coarse class, MIXED or UNKNOWN; None when no region of the coarse control is there."""
-    control = config.coarse
-    if control is None or not any(r.get("from_name") == control.name for r in result):
+    """(H, W) coarse class, MIXED or UNKNOWN; None without a coarse answer.
+
+    A cluster is an answer whatever label it carries: a fine one stands for its coarse class.
+    """
+    votes = [region for region in result if is_vote(region, config)]
+    if not votes:
         return None
-    order = np.full(256, UNKNOWN, np.uint8)
-    for position, label in enumerate(control.labels):
-        known = label in config.classes.coarse
-        order[position] = config.classes.coarse.index(label) if known else MIXED
-    return order[to_mask(result, control, work, control.labels)]
+    found: NDArray[np.uint8] = np.full((work[1], work[0]), UNKNOWN, np.uint8)
+    for control in filter(None, (config.coarse, config.fine)):
+        names = sorted(labels_of(r for r in votes if r.get("from_name") == control.name))
+        order = np.full(256, UNKNOWN, np.uint8)
+        for position, label in enumerate(names):
+            coarse = config.coarse_of_label(label)
+            order[position] = coarse if coarse is not None else MIXED if label.startswith(MIXED_LABEL) else UNKNOWN
+        mask = to_mask(votes, control, work, names)
+        found = np.where(mask == UNLABELLED, found, order[mask]).astype(np.uint8)
+    return found

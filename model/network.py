@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -233,6 +233,28 @@ def load(path: Path) -> Network:
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a First Row checkpoint: {error}") from error
     return network.eval()
+
+
+def reorder_classes(network: Network, before: Sequence[str], now: Sequence[str]) -> Network:
+    """Put a network's outputs into another order of the same classes; changed in place.
+
+    Args:
+        network: with one output per class.
+        before: class names in the order of its outputs.
+        now: the same names in the order that is wanted.
+
+    Raises:
+        ValueError: the names are not the same, or not as many as outputs.
+    """
+    if sorted(before) != sorted(now) or len(before) != network.num_classes:
+        raise ValueError(f"the network knows {', '.join(before)}, not {', '.join(now)}")
+    order = [list(before).index(name) for name in now]
+    with torch.no_grad():
+        for layer in network.last_layers():
+            layer.weight.copy_(layer.weight[order])
+            if layer.bias is not None:
+                layer.bias.copy_(layer.bias[order])
+    return network
 
 
 def checkpoint_classes(path: Path) -> tuple[str, ...]:

@@ -167,7 +167,8 @@ EVENT = {
 
 def test_webhook_remembers_and_answers_a_job(served: Served) -> None:
     answer = served.post("/webhook", EVENT, SECRET)
-    assert (answer.status_code, answer.json()) == (201, {"job": "round-22-1"})
+    assert (answer.status_code, answer.json()) == (201, {"job": served.board.busy(22)})
+    assert str(served.board.busy(22)).startswith("round-22-")
     assert served.board.take(22) == ({31}, set())
     assert served.post("/webhook", {"action": "LABEL_LINK_CREATED"}, SECRET).json() == {"job": None}
 

@@ -9,7 +9,7 @@ import pytest
 from label_studio_sdk.label_interface.interface import LabelInterface
 
 from backend.errors import ConfigError
-from backend.label_config import Control, parse, with_coarse, without_coarse
+from backend.label_config import Control, parse, shares_names, with_coarse, without_coarse
 from model.classes import Classes
 
 TEAM = """<View>
@@ -121,6 +121,67 @@ def test_our_control_comes_and_goes_without_a_trace(xml: str, groups: dict[str, 
 def test_a_renamed_label_keeps_working_with_default_groups() -> None:
     after = with_coarse(TEAM, parse(TEAM).classes).replace('value="Weed"', 'value="Thistle"')
     assert parse(after).classes.fine == ("Crop", "Thistle", "Soil")
+
+
+SOIL_AND_PLANTS = {"groups": {"Earth": ["Soil"], "Plant": ["Crop", "Weed"]}, "background": "Soil"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "regrouped"),
+    [
+        (("Crop", "Weed", "Soil"), {"Earth": ["Soil"], "Plant": ["Crop", "Weed"]}, ()),
+        (("Soil", "Weed", "Crop"), {"Earth": ["Soil"], "Plant": ["Weed", "Crop"]}, ()),
+        (("Crop", "Weed", "Soil", "Stone"), {"Earth": ["Soil"], "Plant": ["Crop", "Weed", "Stone"]}, ("Stone",)),
+        (("Crop", "Thistle", "Soil"), {"Earth": ["Soil"], "Plant": ["Crop", "Thistle"]}, ("Thistle",)),
+        (("Crop", "Weed", "Erde"), {"Earth": ["Erde"], "Plant": ["Crop", "Weed"]}, ("Erde",)),
+        (("Maize", "Thistle", "Soil"), {"Earth": ["Soil"], "Plant": ["Maize", "Thistle"]}, ("Maize", "Thistle")),
+        (("Soil",), {"Earth": ["Soil"]}, ()),
+        (("A", "B"), {"Background": ["background"], "Foreground": ["A", "B"]}, ("A", "B")),
+    ],
+)
+def test_groups_that_were_written_down_follow_the_labels(
+    labels: tuple[str, ...], expected: dict[str, list[str]], regrouped: tuple[str, ...]
+) -> None:
+    xml = TEAM.replace(
+        '<Label value="Crop" hotkey="4"/><Label value="Weed"/><Label value="Soil"/>',
+        "".join(f'<Label value="{label}"/>' for label in labels),
+    )
+    recorded = SOIL_AND_PLANTS if labels != ("A", "B") else {**SOIL_AND_PLANTS, "background": ""}
+    config = parse(xml, recorded=recorded)
+    classes = config.classes
+    named = {g: [classes.fine[c] for c in of] for g, of in zip(classes.coarse, classes.groups, strict=True)}
+    assert named == expected
+    assert config.regrouped == regrouped
+
+
+def test_a_vanished_label_for_background_never_makes_unlabelled_pixels_background() -> None:
+    xml = TEAM.replace('<Label value="Soil"/>', "")
+    config = parse(xml, recorded=SOIL_AND_PLANTS)
+    assert config.background in ("Crop", "Weed")
+    assert config.classes.fine == ("Crop", "Weed"), "no class that nobody named"
+
+
+def test_coarse_labels_have_names_of_their_own() -> None:
+    choices = '<Choices name="q" toName="picture"><Choice value="mixed"/></Choices></View>'
+    xml = TEAM.replace("</View>", choices)
+    classes = parse(xml, {"soil": ["Soil"], "Plant": ["Crop", "Weed"]}).classes
+    after = with_coarse(xml, classes)
+    config = parse(after)
+    assert config.coarse is not None
+    assert config.coarse.labels == ("soil (cluster)", "Plant", "Mixed (cluster)")
+    assert config.classes.coarse == ("soil (cluster)", "Plant")
+    assert [config.coarse_of_label(name) for name in ("soil", "Soil", "Weed", "Plant", "Mixed", "gone")] == [
+        *(0, 0, 1, 1),
+        *(None, None),
+    ]
+    assert not shares_names(after)
+    assert shares_names(after.replace("soil (cluster)", "Soil"))
+    assert without_coarse(after) == xml
+
+
+def test_a_label_taken_from_our_control_does_not_stop_rounds() -> None:
+    after = with_coarse(TEAM, parse(TEAM).classes).replace('value="Foreground"', 'value="Else"')
+    assert parse(after).coarse is None, "no coarse labels until `attach` puts the control in anew"
 
 
 def test_keys_and_colours_are_nobody_elses() -> None:

@@ -1,0 +1,180 @@
+"""A person's coarse answers: what counts as one, and how one is set aside while its task is segmented in full.
+
+Nothing is deleted. Label Studio serves a task again when its annotation counts as skipped by somebody else: so the
+annotation is handed to an account that `attach` made, our keeper, and marked as skipped. Id, content and times stay, an
+editor that has it open can still update it, and `give_back` undoes it exactly. Before that the whole annotation is
+copied, to the store and to a prediction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import orjson
+
+from backend.label_config import ProjectConfig
+from backend.labelstudio import LabelStudio, Row
+
+#: `model_version` of the predictions that keep a copy of a coarse answer.
+COARSE_COPY = "coarse-labels"
+#: Ids of regions that were made from clusters.
+CLUSTER = re.compile(r"cl\d+(_.*)?")
+#: Key in the `meta` of a copy's first region: all of the annotation but its regions.
+HEADER = "first_row"
+#: How skipped tasks are served again -> what more a task needs to be served again in its place, by measurement: where
+#: people get their own skipped tasks back, others' skips count as work on it, but for ground truth. None: never.
+SKIPS: dict[str, dict[str, Any]] = {"REQUEUE_FOR_OTHERS": {}, "REQUEUE_FOR_ME": {"ground_truth": True}}
+
+#: Where the labels of mask regions stand in their value.
+LABELS = ("brushlabels", "bitmasklabels", "polygonlabels")
+
+Kind = Literal["full", "coarse", "other"]
+Region = Mapping[str, Any]
+
+
+def is_cluster(region: Region) -> bool:
+    """Whether a region was made from a cluster, whatever label or control it has now."""
+    meta = region.get("meta")
+    return (isinstance(meta, Mapping) and "cluster" in meta) or bool(CLUSTER.fullmatch(str(region.get("id"))))
+
+
+def is_vote(region: Region, config: ProjectConfig) -> bool:
+    """Whether a region is a coarse answer: a cluster, or one drawn with the coarse control."""
+    return is_cluster(region) or (config.coarse is not None and region.get("from_name") == config.coarse.name)
+
+
+def kind_of(annotation: Row, config: ProjectConfig, asked: bool) -> Kind:
+    """What a person's annotation is to us.
+
+    Args:
+        annotation: with its `result`.
+        config: the project's controls.
+        asked: whether the task showed clusters: then only a region that was drawn makes it a full segmentation.
+
+    Returns:
+        `full` with a region of the team's own control that is no cluster (or empty, where pixels without a region mean
+        background), `coarse` with coarse answers alone or beside other controls, else `other`.
+    """
+    regions: Sequence[Region] = annotation.get("result") or []
+    if any(region.get("from_name") == config.fine.name and not is_cluster(region) for region in regions):
+        return "full"
+    if not regions and config.background == "" and not asked:
+        return "full"
+    return "coarse" if any(is_vote(region, config) for region in regions) else "other"
+
+
+def may_be_set_aside(task: Row, annotation: Row, config: ProjectConfig, since: str, keeper: int) -> bool:
+    """Whether an annotation is one that we asked for, and nothing more.
+
+    Args:
+        task: with its number of comments.
+        annotation: one of it.
+        config: the project's controls.
+        since: when our ML backend was connected, in Label Studio's time.
+        keeper: id of the account that annotations are handed to; 0 without one.
+    """
+    regions: Sequence[Region] = annotation.get("result") or []
+    pure = bool(regions) and all(is_vote(region, config) for region in regions)
+    untouched = not annotation.get("ground_truth") and not commented(task) and not commented(annotation)
+    return (
+        pure and untouched and str(annotation.get("created_at", "")) >= since and keeper not in (0, author(annotation))
+    )
+
+
+def commented(row: Row) -> bool:
+    """Whether people have commented on a task or an annotation."""
+    return any(bool(row.get(name)) for name in ("comment_count", "unresolved_comment_count", "comments"))
+
+
+def was_asked(task: Row, config: ProjectConfig, ours: re.Pattern[str]) -> bool:
+    """Whether Label Studio still holds a prediction of ours that showed clusters of a task.
+
+    Args:
+        task: with its predictions.
+        config: the project's controls.
+        ours: versions of our predictions.
+    """
+    return any(
+        is_vote(region, config)
+        for prediction in task.get("predictions") or []
+        if ours.fullmatch(str(prediction.get("model_version"))) or prediction.get("model_version") == COARSE_COPY
+        for region in prediction.get("result") or []
+    )
+
+
+def author(annotation: Row) -> int | None:
+    """Id of the person who made an annotation; None if their account is gone."""
+    by = annotation.get("completed_by")
+    by = by.get("id") if isinstance(by, Mapping) else by
+    return int(by) if by else None
+
+
+def digest(annotation: Row) -> str:
+    """Tells whether what an annotation says has changed."""
+    return hashlib.sha256(orjson.dumps(annotation.get("result") or [], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def copy_of(annotation: Row) -> list[dict[str, Any]]:
+    """Regions for a prediction that keeps all of an annotation: its other fields go into the first region's `meta`."""
+    header = {name: value for name, value in annotation.items() if name != "result"}
+    first, *rest = annotation["result"]
+    return [
+        {**first, "meta": {**(first.get("meta") or {}), HEADER: {**header, "completed_by": author(annotation)}}},
+        *rest,
+    ]
+
+
+def original_of(copy: Row) -> Row:
+    """The annotation that a copy was made of: the inverse of `copy_of`.
+
+    Copies of releases before this one have its author in the `meta` of each region, and nothing else.
+    """
+    regions = list(copy.get("result") or [])
+    metas = [dict(region.get("meta") or {}) for region in regions]
+    header: Row = next((meta.pop(HEADER) for meta in metas[:1] if HEADER in meta), {})
+    authors = [] if header else [meta.pop("completed_by", None) for meta in metas]
+    header = header or {"completed_by": next(filter(None, authors), None)}
+    plain = [{name: value for name, value in region.items() if name != "meta"} for region in regions]
+    return {**header, "result": [{**r, "meta": meta} if meta else r for r, meta in zip(plain, metas, strict=True)]}
+
+
+def copies_of(task: Row) -> list[Row]:
+    """The copies of coarse answers among a task's predictions, the oldest first."""
+    rows = [row for row in task.get("predictions") or [] if row.get("model_version") == COARSE_COPY]
+    return sorted(rows, key=lambda row: int(row["id"]))
+
+
+def active(task: Row) -> list[Row]:
+    """A task's annotations that count, the newest first."""
+    rows = [row for row in task.get("annotations") or [] if not row.get("was_cancelled")]
+    return sorted(rows, key=lambda row: str(row.get("updated_at", "")), reverse=True)
+
+
+def held(task: Row, copy: Row, keeper: int) -> Row | None:
+    """The annotation that a copy was made of, while the keeper has it; None if it is with its author, or gone."""
+    number = original_of(copy).get("id")
+    rows = [row for row in task.get("annotations") or [] if row["id"] == number and author(row) in (keeper, None)]
+    return rows[0] if rows and keeper else None
+
+
+def give_back(studio: LabelStudio, annotation: int, original: Row, **more: object) -> None:
+    """Return an annotation that was set aside to its author; `more` are further fields to change with it.
+
+    Args:
+        studio: Label Studio.
+        annotation: its id.
+        original: as it was before.
+        more: `result`, where it must be put back, too.
+    """
+    fields = {"was_cancelled": False, "ground_truth": bool(original.get("ground_truth"))}
+    by = author(original)
+    studio.patch_annotation(annotation, **fields, **({"completed_by": by} if by else {}), **more)
+
+
+def labels_of(regions: Iterable[Region]) -> set[str]:
+    """The labels that mask regions have."""
+    values = [value for region in regions if isinstance(value := region.get("value"), Mapping)]
+    return {str(name) for value in values for kind in LABELS for name in value.get(kind) or []}
