@@ -13,10 +13,11 @@ from rich.text import Text
 from backend.attach import check
 from backend.context import Context
 from backend.errors import FirstRowError
+from backend.project import Index
 from backend.worker import alive
 
-#: Places of the queue that are shown.
-SHOWN = 10
+#: Places of the queue, and unusable tasks, that are shown.
+SHOWN, SHOWN_UNUSABLE = 10, 20
 
 
 def status(ctx: Context, project: int) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
         the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
         in progress, with `done` of `total`), `workers`, `head` (first places of the queue: task, ask, utility, parts),
-        `error` (step, message, time; None when all is well), `missing` (what `attach` would still add).
+        `unusable` (`count`, and the first `tasks` by id: task, reason with its remedy, tries, next_try in seconds since
+        the epoch), `error` (step, message, time; None when all is well), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -46,9 +48,19 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "jobs": ctx.board.jobs(project),
         "workers": alive(ctx.board),
         "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
+        "unusable": unusable(here.index()),
         "error": ctx.board.error(project),
         "missing": missing(ctx, project),
     }
+
+
+def unusable(index: Index) -> dict[str, Any]:
+    """Tasks that take no part: how many, and why, of the first."""
+    faulty = [index[i] for i in sorted(index) if index[i].error]
+    rows = [
+        {"task": r.id, "reason": r.error, "tries": r.tries, "next_try": r.next_try} for r in faulty[:SHOWN_UNUSABLE]
+    ]
+    return {"count": len(faulty), "tasks": rows}
 
 
 def missing(ctx: Context, project: int) -> list[str]:
@@ -68,6 +80,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(_table("Head of the queue", ["", "task", "asks for", "utility", "parts"], _places(found["head"])))
     if found["jobs"]:
         console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
+    if found["unusable"]["count"]:
+        title = f"Unusable tasks ({len(found['unusable']['tasks'])} of {found['unusable']['count']})"
+        console.print(_table(title, ["task", "why, and what to do", "next try"], _faults(found["unusable"]["tasks"])))
     workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]
     if workers:
         console.print(_table("Workers", ["name", "queues", "state"], workers))
@@ -92,6 +107,17 @@ def _places(head: Iterable[Mapping[str, Any]]) -> list[list[object]]:
         [n + 1, place["task"], place["ask"], _number(place["utility"]), _parts(place["parts"])]
         for n, place in enumerate(head)
     ]
+
+
+def _faults(rows: Iterable[Mapping[str, Any]]) -> list[list[object]]:
+    now = time.time()
+    return [[row["task"], Text(row["reason"]), _wait(row["next_try"] - now)] for row in rows]
+
+
+def _wait(seconds: float) -> str:
+    if seconds <= 0:
+        return "now"
+    return f"in {seconds / 60:.0f} min" if seconds < 5400 else f"in {seconds / 3600:.0f} h"
 
 
 def _parts(parts: Mapping[str, float | None]) -> str:
@@ -122,5 +148,5 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
     return table
