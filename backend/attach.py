@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +12,7 @@ from urllib.parse import urlsplit
 from backend.coarse_answers import SKIPS
 from backend.connection import credentials, note_of, our_backend, ours_among, recorded
 from backend.detach import detach
+from backend.download import shown_host
 from backend.errors import AttachRefused, ConfigError
 from backend.label_config import OURS, ProjectConfig, parse, shares_names, without_coarse
 from backend.labelstudio import LabelStudio
@@ -26,7 +25,7 @@ __all__ = ["Plan", "apply", "check", "credentials", "detach", "our_backend", "pl
 Groups = Mapping[str, Sequence[str]]
 #: The order is tested on 1.23; what is older than this was never tried and is refused.
 OLDEST = (1, 20)
-#: Tasks whose image hosts are looked at; hosts that occur only later need another `attach`.
+#: Tasks whose image hosts are looked at.
 SCANNED = 5000
 
 
@@ -69,9 +68,7 @@ def plan(studio: LabelStudio, project: int, settings: Settings, groups: Groups |
         LabelStudioError: wrong key, no such project, or no connection.
     """
     found = look(studio, project, settings, groups)
-    hosts, private = image_hosts(found)
-    found = replace(found, hosts=tuple(sorted({*found.hosts, *hosts})))
-    return Plan(project, (*notes(found), *host_notes(found, private)), tuple(steps(found)))
+    return Plan(project, (*notes(found), *host_notes(found)), tuple(steps(found)))
 
 
 def apply(plan: Plan) -> None:
@@ -116,7 +113,7 @@ def look(studio: LabelStudio, project: int, settings: Settings, groups: Groups |
     note = note_of(ours)
     others = tuple(b for b in backends if ours is None or b["id"] != ours["id"])
     config = understand(row["label_config"], groups, note)
-    return Found(studio, settings, row, config, ours, others, tuple(note.get("image_hosts", ())))
+    return Found(studio, settings, row, config, ours, others)
 
 
 def understand(xml: str, groups: Groups | None, recorded: Mapping[str, Any]) -> ProjectConfig:
@@ -169,35 +166,32 @@ def notes(found: Found) -> Iterator[str]:
         )
 
 
-def image_hosts(found: Found) -> tuple[list[str], list[str]]:
-    """Hosts of the project's http(s) images: those in public networks, and the others."""
-    key, allowed = found.config.image_key, {host.lower() for host in found.settings.allowed_hosts}
+def image_hosts(found: Found) -> set[str]:
+    """Hosts, with their ports if any, of the project's http(s) images that are not Label Studio's own."""
     hosts = set()
     for task in islice(found.studio.tasks(found.id), SCANNED):
-        value = str(task["data"].get(key, ""))
-        if urlsplit(value).scheme in ("http", "https") and not found.studio.http.owns(value):
-            hosts.add(urlsplit(value).netloc.lower())
-    fresh = sorted(hosts - allowed - set(found.hosts))
-    public = [host for host in fresh if is_public(host)]
-    return public, sorted(set(fresh) - set(public))
+        value = str(task["data"].get(found.config.image_key, ""))
+        try:
+            if urlsplit(value).scheme in ("http", "https") and not found.studio.http.owns(value):
+                hosts.add(shown_host(value))
+        except ValueError:  # no address at all
+            continue
+    return hosts
 
 
-def is_public(host: str) -> bool:
-    """Whether a host (with or without a port) has only addresses of the public internet."""
-    try:
-        name, port = urlsplit(f"//{host}").hostname, urlsplit(f"//{host}").port
-        found = socket.getaddrinfo(name, port or 443, type=socket.SOCK_STREAM)
-        return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)
-    except (OSError, ValueError):
-        return False
+def host_notes(found: Found) -> Iterator[str]:
+    """Where images come from besides Label Studio, and the setting that allows what is not allowed yet.
 
-
-def host_notes(found: Found, private: Sequence[str]) -> Iterator[str]:
-    """Where images come from besides Label Studio."""
-    if found.hosts:
-        yield f"Images will be fetched from {', '.join(found.hosts)}."
-    if private:
+    Hosts are the operator's to allow, in the environment: what a project says, any of its members can change.
+    """
+    hosts, allowed = image_hosts(found), {host.lower() for host in found.settings.allowed_hosts}
+    refused = sorted(host for host in hosts if host not in allowed and urlsplit(f"//{host}").hostname not in allowed)
+    fetched = sorted(hosts - set(refused))
+    if fetched:
+        yield f"Images will be fetched from {', '.join(fetched)}."
+    if refused:
+        setting = ",".join([*found.settings.allowed_hosts, *refused])
         yield (
-            f"Images on {', '.join(private)} will not be fetched: a private or unknown address. "
-            "Add it to FIRSTROW_ALLOWED_HOSTS if you trust it."
+            f"Images on {', '.join(refused)} will not be fetched: nobody allowed it. If you trust it, start the worker "
+            f"with FIRSTROW_ALLOWED_HOSTS={setting}"
         )

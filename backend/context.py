@@ -28,14 +28,13 @@ class Context:
         return Project(self.store, project)
 
     def images(self, project: int) -> ImageCache:
-        """Images of a project at work resolution; hosts that `attach` recorded are allowed."""
-        hosts = self.project(project).extra().get("image_hosts", [])
+        """Images of a project at work resolution; only the operator's environment allows hosts."""
         return ImageCache(
             Path(self.settings.cache) / f"{self.settings.image_size}",
             limit_bytes=int(self.settings.cache_gb * 1e9),
             studio=self.studio,
             size=self.settings.image_size,
-            allowed_hosts=[*self.settings.allowed_hosts, *hosts],
+            allowed_hosts=self.settings.allowed_hosts,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import os
 import re
 import tempfile
@@ -16,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backend import download
+from backend.decoder import LIMIT, Decoder, resident
+from backend.download import shown, shown_host
 from backend.errors import ImageFetchError
 from backend.labelstudio import LabelStudio
-from backend.transport import fetch as open_url
-from backend.transport import limited
-from model.data import ImageError, decode, original_size
+from model.data import UNREADABLE, ImageError
+
+log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
-#: Most bytes of one image file; a 60-megapixel TIFF fits.
-LIMIT = 200_000_000
 #: Paths below which Label Studio serves files; no other path of it is asked for because a task says so.
 SERVED = ("/data/upload/", "/data/local-files/", "/storage-data/", "/tasks/", "/projects/")
 #: Cloud storage, for which Label Studio finds the bytes.
@@ -49,13 +51,20 @@ class ImageCache:
         studio: where images are fetched.
         size: longer side of a copy in pixels; smaller images keep their size.
         allowed_hosts: `host` or `host:port` that images may be fetched from, besides Label Studio.
+        decoder: the process that decodes them; by default the one of this process.
     """
 
     def __init__(
-        self, folder: Path, limit_bytes: int, studio: LabelStudio, size: int, allowed_hosts: Collection[str] = ()
+        self,
+        folder: Path,
+        limit_bytes: int,
+        studio: LabelStudio,
+        size: int,
+        allowed_hosts: Collection[str] = (),
+        decoder: Decoder | None = None,
     ) -> None:
         self.folder, self.limit, self.studio, self.size = folder, limit_bytes, studio, size
-        self.hosts = frozenset(host.lower() for host in allowed_hosts)
+        self.hosts, self.decoder = frozenset(host.lower() for host in allowed_hosts), decoder
 
     def get(self, project: int, task: int, value: str) -> tuple[Pixels, tuple[int, int]]:
         """The image of a task.
@@ -73,23 +82,29 @@ class ImageCache:
             LabelStudioError: Label Studio itself is in trouble.
         """
         path = self._path(project, value)
-        stored = _read(path) or self._store(path, task, value)
-        with Image.open(io.BytesIO(stored)) as image:
-            width, _, height = image.info["comment"].decode().partition("x")
-            return np.array(image.convert("RGB")), (int(width), int(height))
+        stored = _read(path)
+        try:
+            return unpacked(stored or self._store(path, task, value))
+        except UNREADABLE:  # written as the machine went down, say
+            return unpacked(self._store(path, task, value))
 
     def _store(self, path: Path, task: int, value: str) -> bytes:
         try:
             data = fetch(self.studio, task, value, self.hosts)
-            copy = encoded(decode(data, self.size), original_size(data))
+            copy = (self.decoder or resident()).copy(data, self.size)
         except (ImageFetchError, ImageError) as error:
-            raise ImageFetchError(f"task {task}, image {value[:200]!r}: {error}") from error
-        write(path, copy)
-        prune(path, self.limit // FOLDERS)
+            raise ImageFetchError(f"task {task}, image {shown(value)!r}: {error}") from error
+        try:
+            write(path, copy)
+            prune(path, self.limit // FOLDERS)
+        except OSError as error:
+            log.warning("the cache %s cannot be written (%s): images are fetched again each time", self.folder, error)
         return copy
 
     def _path(self, project: int, value: str) -> Path:
-        name = hashlib.sha256(f"{self.studio.url} {project} {self.size} {value}".encode()).hexdigest()
+        name = hashlib.sha256(
+            f"{self.studio.url} {project} {self.size} {value}".encode("utf-8", "surrogatepass")
+        ).hexdigest()
         return self.folder / f"{int(name[:4], 16) % FOLDERS:02d}" / f"{name[:40]}.jpg"
 
 
@@ -108,17 +123,29 @@ def fetch(studio: LabelStudio, task: int, value: str, allowed_hosts: Collection[
     """
     if not value:
         raise ImageFetchError("the task has no image: its data lacks the key that the label config shows")
+    try:
+        return fetch_value(studio, task, value, allowed_hosts)
+    except ValueError:  # of urllib, urllib3 and requests, each of which understands fewer addresses than the next
+        raise ImageFetchError("the address cannot be understood: correct it in the task's data") from None
+
+
+def fetch_value(studio: LabelStudio, task: int, value: str, allowed_hosts: Collection[str]) -> bytes:
+    """As `fetch`, by the kind of the address.
+
+    Raises:
+        ValueError: it is no address.
+    """
     scheme = urlsplit(value).scheme
     if scheme in CLOUD:
         uri = base64.urlsafe_b64encode(value.encode()).decode()
-        return studio.download(f"/tasks/{task}/resolve/?fileuri={uri}", LIMIT)
+        return studio.download(f"/tasks/{task}/resolve/?fileuri={uri}", LIMIT, allowed_hosts)
     if scheme in ("http", "https"):
         return fetch_url(studio, value, allowed_hosts)
     if scheme or not value.startswith("/"):
         raise ImageFetchError(
             f"cannot read {scheme or 'relative'} addresses: use uploads, local files, http(s) or cloud"
         )
-    return studio.download(served_path(studio, value), LIMIT)
+    return studio.download(served_path(studio, value), LIMIT, allowed_hosts)
 
 
 def fetch_url(studio: LabelStudio, url: str, allowed_hosts: Collection[str]) -> bytes:
@@ -128,14 +155,16 @@ def fetch_url(studio: LabelStudio, url: str, allowed_hosts: Collection[str]) -> 
         ImageFetchError: a host is not allowed, or the file cannot be had.
         LabelStudioError: it is Label Studio's own address and Label Studio is in trouble.
     """
-    for _ in range(1 + REDIRECTS):
-        if studio.http.owns(url):
-            return studio.download(served_path(studio, url.removeprefix(studio.url)), LIMIT)
-        check_host(url, allowed_hosts)
-        with open_url(url) as answer:
-            if not answer.is_redirect:
-                return limited(answer, LIMIT)
-            url = urljoin(url, answer.headers["Location"])
+    with download.Download(allowed_hosts):
+        for _ in range(1 + REDIRECTS):
+            if studio.http.owns(url):
+                return studio.download(served_path(studio, url.removeprefix(studio.url)), LIMIT, allowed_hosts)
+            check_host(url, allowed_hosts)
+            with download.opened(url) as answer:
+                onward = download.redirect(answer)
+                if onward is None:
+                    return download.body(answer, LIMIT)
+                url = urljoin(url, onward)
     raise ImageFetchError(f"more than {REDIRECTS} redirects")
 
 
@@ -148,9 +177,10 @@ def check_host(url: str, allowed_hosts: Collection[str]) -> None:
     parts = urlsplit(url)
     if re.search(r"[\\\x00-\x1f]", url) or re.search(r"\s", parts.netloc):  # programs disagree on what these mean
         raise ImageFetchError("the address has a backslash, or a space or control character where none may be")
-    if parts.scheme not in ("http", "https") or not {parts.hostname, parts.netloc.lower()} & set(allowed_hosts):
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    if not port or not download.is_listed(parts.hostname or "", port, allowed_hosts):
         raise ImageFetchError(
-            f"host {parts.netloc!r} is not allowed: add it to FIRSTROW_ALLOWED_HOSTS, or run `firstrow attach` again"
+            f"host {shown_host(url)!r} is not allowed: add it to FIRSTROW_ALLOWED_HOSTS in the worker's environment"
         )
 
 
@@ -168,24 +198,18 @@ def served_path(studio: LabelStudio, path: str) -> str:
     return inner
 
 
-def encoded(image: Pixels, size: tuple[int, int]) -> bytes:
-    """A copy to keep: JPEG with the original's width and height in its comment.
-
-    Args:
-        image: (H, W, 3) RGB.
-        size: width and height of the original in pixels.
-    """
-    buffer = io.BytesIO()
-    comment = f"{size[0]}x{size[1]}".encode()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, comment=comment)
-    return buffer.getvalue()
+def unpacked(copy: bytes) -> tuple[Pixels, tuple[int, int]]:
+    """Pixels of a copy, and width and height of its original."""
+    with Image.open(io.BytesIO(copy), formats=["JPEG"]) as image:
+        width, _, height = image.info["comment"].decode().partition("x")
+        return np.array(image.convert("RGB")), (int(width), int(height))
 
 
 def _read(path: Path) -> bytes | None:
     try:
         data = path.read_bytes()
         os.utime(path)  # used just now: pruned last
-    except FileNotFoundError:
+    except OSError:  # not there, or not to be read: then it is fetched again
         return None
     return data
 

@@ -18,6 +18,7 @@ from backend.connection import digest, our_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
+from backend.faults import due_tasks
 from backend.generations import clean_generations, unfinished
 from backend.learn import train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
@@ -25,7 +26,7 @@ from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from backend.publish import call_back, in_force, mark_asked, publish_order
 from backend.rank import rank
-from backend.score import score_tasks, scored, scores_key
+from backend.score import note_unscored, score_tasks, scored, scores_key, unscored
 from backend.sync import listing, refresh_config, sync
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def start_round(ctx: Context, project: Project, token: str) -> None:
     after = []
     if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
         after = [ctx.board.enqueue("fit_codebook", project.id, number)]
-    again = {r.id for r in index.values() if r.error} if forced else set()
+    again = {r.id for r in index.values() if r.error} if forced else due_tasks(index)
     read |= again | unread(project, index)
     todo = sorted(read | unready(ctx, project, index))
     shards = []
@@ -156,17 +157,19 @@ def plan_scores(ctx: Context, project: Project, number: int) -> None:
 @step
 def score(ctx: Context, project: Project, number: int, shard: int) -> None:
     """Score one shard of the pool."""
-    score_tasks(ctx, project, project.shard("score", number, shard)[0], project.config())
+    faulty = score_tasks(ctx, project, project.shard("score", number, shard)[0], project.config())
+    note_unscored(project, number, shard, faulty)
 
 
 @step
 def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
     check_config(ctx, project)
-    index, config = project.index(), project.config()
+    before, config = project.index(), project.config()
+    index = unscored(project, number, before)
     places = rank(ctx, project, index, config)
     called = call_back(ctx, project, mark_asked(index, places), places)
-    if called != index:
+    if called != before:
         index = called
         ctx.board.go_on(project.id)
         project.save_index(index)
@@ -205,7 +208,7 @@ def reconcile(ctx: Context, project: Project) -> None:
     ctx.board.remember(project.id, read | gone | (set(found) - set(index)))
     if ctx.board.rescue(project.id):
         return
-    changed = config.meaning != project.index_meaning()
+    changed = config.meaning != project.index_meaning() or bool(due_tasks(found))
     if changed or read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
         ctx.board.request_round(project.id, "reconcile")
     elif unfinished(project) and not ctx.board.waiting():

@@ -6,7 +6,7 @@ What Label Studio sends stays a dictionary with Label Studio's own field names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +192,15 @@ class LabelStudio:
                 return None
             raise
 
-    def download(self, path: str, limit: int) -> bytes:
+    def download(self, path: str, limit: int, hosts: Collection[str] = ()) -> bytes:
         """Bytes of a file that Label Studio serves, or that it sends us on to (presigned cloud storage).
 
         Args:
             path: begins with a slash; our key goes along, but only to Label Studio itself.
             limit: most bytes to accept.
+            hosts: that the operator allows, besides public addresses.
         """
-        return self.http.download(path, limit)
+        return self.http.download(path, limit, hosts)
 
     # Annotations
 

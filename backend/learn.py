@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import JobError
+from backend.faults import concerns_all
 from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import Classes
+from model.data import ImageError
 from model.metrics import confusion, mean_iou
 from model.network import Network, build_available, checkpoint_classes, device, load, reorder_classes, save
 from model.pseudo import fine_target
@@ -43,8 +45,17 @@ class StoredSample:
     target: NDArray[np.uint8]
 
     def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Image (H, W, 3) and target (H, W), rows of `Classes.sets`."""
-        image, _ = self.ctx.images(self.project.id).get(self.project.id, self.record.id, self.record.image)
+        """Image (H, W, 3) and target (H, W), rows of `Classes.sets`.
+
+        Raises:
+            ImageError: the image cannot be had; training goes on without it, and scoring notes it at its task.
+        """
+        try:
+            image, _ = self.ctx.images(self.project.id).get(self.project.id, self.record.id, self.record.image)
+        except Exception as error:
+            if concerns_all(error, self.ctx.studio):
+                raise
+            raise ImageError(str(error)) from error
         return image, self.target
 
 
@@ -141,9 +152,13 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
     network, note = base_network(ctx, project, config.classes)
     full, weak = full_samples(ctx, project, index, config), weak_samples(ctx, project, index, config)
     recipe = Recipe(steps=ctx.settings.train_steps, seed=len(full))
-    network = train(
-        network, full, weak, config.classes, recipe, device(), lambda done, total, loss: progress(done, total)
-    )
+    try:
+        network = train(
+            network, full, weak, config.classes, recipe, device(), lambda done, total, loss: progress(done, total)
+        )
+    except (FloatingPointError, ImageError) as error:
+        keep_model(ctx, project, version, error)
+        return
     ctx.board.go_on(project.id)
     network_to(project, version, network, config.classes, ctx)
     trained = {str(record.id): record.version for record in labelled(index)}
@@ -151,6 +166,13 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
     project.store.write_json(project.key("model.json"), info)
     prune_models(project, version)
     log.info("project %d: %s trained on %d full and %d coarse images", project.id, version, len(full), len(weak))
+
+
+def keep_model(ctx: Context, project: Project, version: str, error: Exception) -> None:
+    """Say that a training came to nothing; the model in force stays, and the round goes on with it."""
+    reason = f"{version} is not used, the model in force stays: {error}"
+    log.error("project %d: %s", project.id, reason)
+    ctx.board.fail(project.id, "train", reason)
 
 
 def base_network(ctx: Context, project: Project, classes: Classes) -> tuple[Network, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import ImageFetchError, MaskError
+from backend.faults import concerns_all, due, noted
 from backend.label_config import ProjectConfig
-from backend.project import Index, Project, TaskRecord, labelled, with_error
+from backend.project import Index, Project, TaskRecord, labelled
 from backend.sync import read_task
 from model.classes import UNKNOWN
 from model.clusters import (
@@ -25,10 +25,10 @@ from model.clusters import (
 )
 from model.pseudo import decide, image_votes, pseudo_ground_truth
 
-log = logging.getLogger(__name__)
-
 #: The codebook is fitted to this many pixels of this many images; more changes the centres less than a restart does.
 SAMPLE_IMAGES, SAMPLE_PIXELS = 200, 500
+#: Most images that are tried for it, and seconds that are spent on them.
+SAMPLE_TRIES, SAMPLE_SECONDS = 600, 1200.0
 #: The codebook is fitted again when the pool has grown by this factor: new fields bring new colours.
 GROWTH = 2.0
 
@@ -42,16 +42,20 @@ def codebook_is_stale(project: Project, tasks: int) -> bool:
 def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
     """Fit the pool's clusters to a bounded sample of its pixels and keep them."""
     rng = np.random.default_rng(project.id)
-    ids = rng.permutation(sorted(index))[:SAMPLE_IMAGES]
-    images, samples = ctx.images(project.id), []
-    for done, task in enumerate(ids):
+    usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
+    ids = rng.permutation(usable or sorted(index))[:SAMPLE_TRIES]
+    images, samples, until = ctx.images(project.id), [], time.monotonic() + SAMPLE_SECONDS
+    for task in ids:
         record = index[int(task)]
         try:
             image, _ = images.get(project.id, record.id, record.image)
-        except ImageFetchError:
-            continue  # said in the task's record when its cluster map is made
-        samples.append(sample_pixels(image, SAMPLE_PIXELS, rng))
-        progress(done + 1, len(ids))
+            samples.append(sample_pixels(image, SAMPLE_PIXELS, rng))
+        except Exception as error:
+            if concerns_all(error, ctx.studio):
+                raise  # else it is noted in the task's record when its cluster map is made
+        progress(len(samples), min(len(ids), SAMPLE_IMAGES))
+        if len(samples) == SAMPLE_IMAGES or time.monotonic() > until:
+            break
     if samples:
         book = fit(np.concatenate(samples), DEFAULT_K, rng)
         ctx.board.go_on(project.id)
@@ -66,19 +70,22 @@ def prepare_task(
     Returns:
         The record, or None when the task is gone. A fault of this task alone is left in `record.error`.
     """
-    if read:
-        found = read_task(ctx, project, config, record)
-        if found is None or found.error:
-            return found
-        record = found
-    clusters = clusters_name(ctx, project)
-    if not clusters or (has_map(record, clusters) and project.store.exists(project.cluster_key(clusters, record.id))):
-        return record
+    failed = bool(record.error)
     try:
-        return cluster_task(ctx, project, record, clusters)
-    except (ImageFetchError, MaskError) as error:
-        log.warning("project %d, task %d: %s", project.id, record.id, error)
-        return with_error(record, error)
+        if read:
+            fresh = read_task(ctx, project, config, record)
+            if fresh is None or fresh.error:
+                return fresh
+            record = fresh
+        clusters = clusters_name(ctx, project)
+        ready = has_map(record, clusters) and project.store.exists(project.cluster_key(clusters, record.id))
+        if clusters and not ready:
+            return cluster_task(ctx, project, record, clusters)
+        if failed or not clusters:  # does what was wrong with its image still hold?
+            ctx.images(project.id).get(project.id, record.id, record.image)
+        return record
+    except Exception as error:
+        return noted(ctx.studio, project.id, record, error)
 
 
 def clusters_name(ctx: Context, project: Project) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,8 @@ class TaskRecord:
         asked: whether it was served with clusters to label.
         callable: whether its coarse labels may be set aside: they are what we asked for, and nothing more.
         lost: labels of its mask that are not in the label config any more; their pixels count as unknown.
+        tries: how often it failed in a row, up to its last failure.
+        next_try: seconds since the epoch, when it is (or was) tried again after its last failure.
     """
 
     id: int
@@ -62,6 +64,8 @@ class TaskRecord:
     asked: bool = False
     callable: bool = False
     lost: tuple[str, ...] = ()
+    tries: int = 0
+    next_try: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """For the store."""
@@ -126,7 +130,7 @@ class Project:
         return str((self.store.read_json(self.key("config.json")) or {}).get("label_config", ""))
 
     def extra(self) -> dict[str, Any]:
-        """What `attach` recorded in Label Studio: groups, image hosts, what was there before."""
+        """What `attach` recorded in Label Studio: groups, what was there before."""
         saved = self.store.read_json(self.key("config.json")) or {}
         return dict(saved.get("extra", {}))
 
@@ -276,11 +280,6 @@ def deleted_tasks(index: Index, annotations: Iterable[int]) -> set[int]:
     """Tasks whose annotation is among the deleted ones."""
     gone = set(annotations)
     return {record.id for record in index.values() if record.annotation in gone and record.annotated}
-
-
-def with_error(record: TaskRecord, error: Exception) -> TaskRecord:
-    """The record, taking no part because of `error`."""
-    return replace(record, error=str(error) or type(error).__name__)
 
 
 def known(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:

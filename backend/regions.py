@@ -22,6 +22,7 @@ from backend.errors import MaskError
 from backend.label_config import Control, ProjectConfig
 from backend.rle import Ints, decode_rle, encode_changes
 from model.classes import IGNORE
+from model.data import BUDGET, BYTES, MOST_BYTES
 
 #: A pixel that no region covers, and one whose region has a label that is not asked for.
 UNLABELLED, FOREIGN = 255, 254
@@ -33,9 +34,30 @@ TINY = 0.0005
 EPSILON = 0.75
 #: More pixels than any camera has: refused before memory is taken for them.
 MOST_PIXELS = 200_000_000
+#: Most regions of one annotation that are read, and points of one polygon: more than people or their tools draw.
+MOST_READ, MOST_POINTS = 10_000, 100_000
+#: No point of a polygon is further away, in pixels, so that no product of two is too large.
+FAR = 1e9
+#: Pixels of a picture, or crossings of a polygon's outline with rows, that are computed at once: bounds memory.
+AT_ONCE = 1_000_000
 
 #: What readers of broken JSON, numbers and pictures raise.
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, SyntaxError, struct.error, zlib.error)
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+    EOFError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    Warning,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 Region = dict[str, Any]
 Mask = NDArray[np.bool_]
@@ -59,22 +81,34 @@ def to_mask(result: Sequence[Mapping[str, Any]], control: Control, size: Size, l
         MaskError: a region cannot be read; it names the region.
     """
     drawn = np.full((size[1], size[0]), UNLABELLED, np.uint8)
-    for region in result:
-        if region.get("from_name") != control.name:
-            continue
+    for region in of_control(result, control):
         try:
             drawn[read_region(region, control.tag, size)] = position(region, control, labels)
         except UNREADABLE as error:
-            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            name = f"region {region.get('id')} of {control.name!r}"
-            raise MaskError(f"{name} cannot be read: {said}. Delete or redraw it in Label Studio") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            name = f"region {str(region.get('id'))[:50]} of {control.name!r}"
+            raise MaskError(f"{name} cannot be read: {reason[:300]}. Delete or redraw it in Label Studio") from error
     return drawn
+
+
+def of_control(result: Any, control: Control) -> list[Mapping[str, Any]]:
+    """The regions of one control.
+
+    Raises:
+        MaskError: the result is no list of regions, or has more than anybody draws.
+    """
+    if not isinstance(result, list | tuple) or not all(isinstance(region, Mapping) for region in result):
+        raise MaskError("the annotation is not a list of regions: delete it in Label Studio")
+    regions = [region for region in result if region.get("from_name") == control.name]
+    if len(regions) > MOST_READ:
+        raise MaskError(f"the annotation has {len(regions)} regions, more than {MOST_READ}: merge or delete some")
+    return regions
 
 
 def position(region: Mapping[str, Any], control: Control, labels: Sequence[str]) -> int:
     """Where the region's label stands in `labels`."""
     names = region["value"].get(control.tag.lower()) or []
-    if len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"it has {len(names)} labels instead of one")
     return list(labels).index(names[0]) if names[0] in labels else FOREIGN
 
@@ -85,6 +119,8 @@ def read_region(region: Mapping[str, Any], tag: str, size: Size) -> Mask:
         raise ValueError("it was drawn on a rotated image")
     value = region["value"]
     if tag == "PolygonLabels":
+        if len(value["points"]) > MOST_POINTS:
+            raise ValueError(f"it has {len(value['points'])} points, more than {MOST_POINTS}")
         return fill(np.asarray(value["points"], np.float64) / 100 * size, size)
     width, height = int(region["original_width"]), int(region["original_height"])
     if width < 1 or height < 1 or width * height > MOST_PIXELS:
@@ -98,10 +134,12 @@ def read_region(region: Mapping[str, Any], tag: str, size: Size) -> Mask:
 
 def rle_bytes(numbers: Sequence[int]) -> Map:
     """The numbers of a brush region, if they are bytes."""
-    found = np.asarray(numbers)
-    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255)):
-        raise ValueError("its mask is not a list of numbers from 0 to 255")
-    return found.astype(np.uint8)
+    if not isinstance(numbers, list):
+        raise ValueError("its mask is no list")
+    try:
+        return np.frombuffer(bytes(numbers), np.uint8)
+    except (ValueError, TypeError) as error:
+        raise ValueError("its mask is not a list of numbers from 0 to 255") from error
 
 
 def nearest(wanted: int, given: int) -> Ints:
@@ -115,9 +153,17 @@ def decode_png(url: str, size: Size) -> Mask:
     data = base64.b64decode(url.partition("base64,")[2], validate=True)
     if len(data) < 24 or struct.unpack(">II", data[16:24]) != size:  # before anything is unpacked
         raise ValueError(f"its picture is no PNG of {size[0]}x{size[1]} pixels, as its image is")
-    pixels = np.asarray(Image.open(BytesIO(data), formats=["PNG"]).convert("RGBA"))
-    alpha: Mask = pixels[..., 3] > 127
-    return alpha if not alpha.all() else pixels[..., :3].max(axis=2) > 127
+    with Image.open(BytesIO(data), formats=["PNG"]) as image:
+        if (BYTES.get(image.mode, MOST_BYTES) + 2) * size[0] * size[1] > BUDGET:
+            raise ValueError(f"its picture of {size[0]}x{size[1]} pixels takes too much memory")
+        opaque, bright = np.empty((size[1], size[0]), np.bool_), np.empty((size[1], size[0]), np.bool_)
+        rows = max(1, AT_ONCE // size[0])
+        for top in range(0, size[1], rows):
+            strip = image.crop((0, top, size[0], min(top + rows, size[1]))).convert("RGBA")
+            pixels = np.asarray(strip)
+            opaque[top : top + rows] = pixels[..., 3] > 127
+            bright[top : top + rows] = pixels[..., :3].max(axis=2) > 127
+    return bright if opaque.all() else opaque
 
 
 def fill(points: NDArray[np.float64], size: Size) -> Mask:
@@ -129,19 +175,36 @@ def fill(points: NDArray[np.float64], size: Size) -> Mask:
     """
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
         raise ValueError("a polygon needs three points or more, each of two numbers")
+    points = np.clip(points, -FAR, FAR)
     start, end = points, np.roll(points, -1, axis=0)
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
     first = np.clip(np.ceil(low - 0.5), 0, size[1]).astype(np.int64)
     crossed = np.clip(np.ceil(high - 0.5), 0, size[1]).astype(np.int64) - first
-    edge = np.repeat(np.arange(len(points)), crossed)
-    row = np.arange(edge.size) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
-    slope = (row + 0.5 - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
-    x = start[edge, 0] + slope * (end[edge, 0] - start[edge, 0])
-    column = np.clip(np.ceil(x - 0.5), 0, size[0]).astype(np.int64)
     turns = np.zeros((size[1], size[0] + 1), np.int64)
-    np.add.at(turns, (row, column), 1)
+    total = np.cumsum(crossed)
+    for part in np.split(np.arange(len(points)), np.flatnonzero(np.diff(total // AT_ONCE)) + 1):
+        row, x = crossings(start[part], end[part], first[part], crossed[part])
+        column = np.clip(np.ceil(x - 0.5), 0, size[0]).astype(np.int64)
+        np.add.at(turns, (row, column), 1)
     inside: Mask = np.cumsum(turns, axis=1)[:, :-1] % 2 == 1
     return inside
+
+
+def crossings(
+    start: NDArray[np.float64], end: NDArray[np.float64], first: Ints, crossed: Ints
+) -> tuple[Ints, NDArray[np.float64]]:
+    """Where edges cross the middles of rows: the rows, and the places in them.
+
+    Args:
+        start: (P, 2) x and y of one end of each edge.
+        end: (P, 2) of the other.
+        first: (P,) the first row that each crosses.
+        crossed: (P,) how many it crosses.
+    """
+    edge = np.repeat(np.arange(len(start)), crossed)
+    row = np.arange(edge.size) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
+    slope = (row + 0.5 - start[edge, 1]) / (end[edge, 1] - start[edge, 1])
+    return row, start[edge, 0] + slope * (end[edge, 0] - start[edge, 0])
 
 
 def coarse_regions(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from model.compiled import compiled
+
 Ints = NDArray[np.int64]
 
 #: Field sizes that Label Studio writes.
@@ -87,19 +89,10 @@ def decode_rle(rle: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.boo
     total, sizes = header(data)
     if total != shape[0] * shape[1] * 4:
         raise ValueError(f"the brush mask has {total // 4} pixels, but its image has {shape[1]}x{shape[0]}")
-    blocks: Ints = np.array(block_starts(data, sizes, rle.size * 8), np.int64)
-    kind = bits_at(data, blocks, 3)
-    field = sizes[kind & 3]
-    length = (bits_at(data, blocks + 3, 16) >> (16 - field)) + 1
-    ends = np.cumsum(length)
-    if not ends.size or ends[-1] < total:
+    inside = np.zeros(shape[0] * shape[1], np.bool_)
+    if not walk(data, rle.size * 8, sizes, total, inside):
         raise ValueError("the brush mask is cut short")
-    kept = int(np.searchsorted(ends, total)) + 1  # what follows is padding
-    values: Ints = np.where(kind < 4, length, 1)[:kept]
-    at: Ints = (blocks + 3 + field)[:kept]
-    if at[-1] + 8 * values[-1] > rle.size * 8:
-        raise ValueError("the brush mask is cut short")
-    return alpha(data, at, length[:kept], values, total).reshape(shape)
+    return inside.reshape(shape)
 
 
 def header(data: NDArray[np.uint8]) -> tuple[int, Ints]:
@@ -110,57 +103,46 @@ def header(data: NDArray[np.uint8]) -> tuple[int, Ints]:
     return head >> 21, np.array([(head >> shift & 15) + 1 for shift in (12, 8, 4, 0)])
 
 
-def block_starts(data: NDArray[np.uint8], sizes: Ints, end: int) -> list[int]:
-    """Bit positions of all blocks. Each says only by its content how long it is, so this is a plain loop."""
-    triples = sliding(np.unpackbits(data), 3).tobytes()
-    fields = [int(size) for size in sizes]
-    step = [0] * 4 + [3 + size + 8 for size in fields]
-    whole = data.tobytes()
-    at, found = HEADER, []
-    while at + 11 < end:
-        found.append(at)
-        kind = triples[at]
-        if kind >= 4:
-            at += step[kind]
-            continue
-        size, place = fields[kind], at + 3
-        window = int.from_bytes(whole[place >> 3 : (place >> 3) + 3], "big")
-        length = (window >> (24 - (place & 7) - size)) & ((1 << size) - 1)
-        at += 3 + size + 8 * (length + 1)
-    return found
-
-
-def sliding(bits: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
-    """The number that the `width` bits from each position on make."""
-    found = np.zeros(bits.size - width + 1, np.uint8)
-    for offset in range(width):
-        found <<= 1
-        found |= bits[offset : offset + found.size]
-    return found
-
-
-def bits_at(data: NDArray[np.uint8], at: Ints, width: int) -> Ints:
-    """The number that up to 16 bits from each position on make."""
-    byte = at >> 3
-    window: Ints = (data[byte].astype(np.int64) << 16) | (data[byte + 1].astype(np.int64) << 8) | data[byte + 2]
-    found: Ints = (window >> (24 - width - (at & 7))) & ((1 << width) - 1)
-    return found
-
-
-def alpha(data: NDArray[np.uint8], at: Ints, length: Ints, values: Ints, total: int) -> NDArray[np.bool_]:
-    """(pixels,) whether alpha, each fourth byte, is at least one half.
+@compiled
+def walk(data: NDArray[np.uint8], end: int, sizes: Ints, total: int, inside: NDArray[np.bool_]) -> bool:
+    """Go through the blocks until the image is covered; what follows is padding, however long.
 
     Args:
-        data: the bytes.
-        at: bit position of the first value of each block.
-        length: bytes of the image that each block covers.
-        values: how many values each block has: one, or as many as its length.
+        data: the bytes, and four more.
+        end: bit at which they end.
+        sizes: of the fields.
         total: bytes of the image.
+        inside: (pixels,) all False; set where alpha, each fourth byte, is at least one half.
+
+    Returns:
+        Whether the image was covered; else the bytes are cut short.
     """
-    if (values > 1).any():
-        owner = np.repeat(np.arange(at.size), values)
-        within = np.arange(owner.size) - np.repeat(np.cumsum(values) - values, values)
-        at = at[owner] + 8 * within
-        length = np.where(values > 1, 1, length)[owner]
-    ends = np.minimum(np.cumsum(length), total) // 4
-    return np.repeat(bits_at(data, at, 8) > 127, np.diff(ends, prepend=0))
+    at, covered = HEADER, 0
+    while covered < total:
+        if at + 3 > end:
+            return False
+        kind = number(data, at, 3)
+        size = sizes[kind & 3]
+        values = at + 3 + size
+        if values > end:
+            return False
+        length = number(data, at + 3, size) + 1
+        at = values + (8 if kind >= 4 else 8 * length)
+        if at > end:
+            return False
+        stop = min(covered + length, total)
+        if kind < 4:
+            for alpha in range(covered + (3 - covered) % 4, stop, 4):
+                inside[alpha >> 2] = number(data, values + 8 * (alpha - covered), 8) > 127
+        elif number(data, values, 8) > 127:
+            inside[covered >> 2 : stop >> 2] = True
+        covered = stop
+    return True
+
+
+@compiled
+def number(data: NDArray[np.uint8], at: int, width: int) -> int:
+    """The number that up to 16 bits from a position on make."""
+    byte = at >> 3
+    window = (np.int64(data[byte]) << 16) | (np.int64(data[byte + 1]) << 8) | np.int64(data[byte + 2])
+    return int((window >> (24 - width - (at & 7))) & ((1 << width) - 1))

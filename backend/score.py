@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import ImageFetchError
+from backend.errors import MaskError
+from backend.faults import noted
 from backend.label_config import ProjectConfig
 from backend.learn import load_network, network_key
 from backend.prepare import clusters_name, target_of
@@ -55,19 +56,58 @@ def scores_key(ctx: Context, project: Project, config: ProjectConfig) -> str:
     return f"{network_key(ctx, project, config.classes)}-{hashlib.sha1(said.encode()).hexdigest()[:12]}"
 
 
-def score_tasks(ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig) -> None:
-    """Score images and keep scores, embeddings and the network's masks in the store."""
+def score_tasks(
+    ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig
+) -> list[TaskRecord]:
+    """Score images and keep scores, embeddings and the network's masks in the store.
+
+    Returns:
+        The records of tasks that could not be scored, with the error of each.
+
+    Raises:
+        Exception: the network fails at every image, so the fault is not the images'.
+    """
     key, folder = network_key(ctx, project, config.classes), scores_key(ctx, project, config)
     network, rows, kept = scorer(ctx, project, key, config.classes), [], []
-    for done, (record, image, target) in enumerate(ahead(inputs(ctx, project, records, config))):
-        score = network.score(image, target)
+    faulty: list[TaskRecord] = []
+    fault: Exception | None = None
+    for done, (record, image, target) in enumerate(ahead(inputs(ctx, project, records, config, faulty))):
+        progress(done + 1, len(records))
+        try:
+            score = network.score(image, target)
+        except Exception as error:
+            fault = error
+            faulty.append(noted(ctx.studio, project.id, record, error))
+            continue
         project.save_prediction(key, record.id, score.prediction, score.confidence, config.classes.fine)
         rows.append(score)
         kept.append(record)
-        progress(done + 1, len(records))
+    if fault and not kept and len(records) > 1:
+        raise fault
     if kept:
         name = hashlib.sha1(repr([(r.id, r.version) for r in kept]).encode()).hexdigest()[:16]
         project.store.write_arrays(project.key("scores", folder, f"{name}.npz"), as_arrays(kept, rows))
+    return faulty
+
+
+def note_unscored(project: Project, number: int, shard: int, records: Sequence[TaskRecord]) -> None:
+    """Leave what `score_tasks` could not score for `unscored`."""
+    if records:
+        rows = [record.to_json() for record in records]
+        project.store.write_json(project.key("prepared", number, f"unscored-{shard}.json"), rows)
+
+
+def unscored(project: Project, number: int, index: Index) -> Index:
+    """The index with the errors of the tasks that this round could not score."""
+    noted = dict(index)
+    for key in project.store.list(project.key("prepared", number)):
+        if "/unscored-" not in key:
+            continue
+        for row in project.store.read_json(key) or []:
+            failed, now = TaskRecord.from_json(row), index.get(row["id"])
+            if now is not None and not now.error and (now.version, now.image) == (failed.version, failed.image):
+                noted[now.id] = replace(now, error=failed.error, tries=failed.tries, next_try=failed.next_try)
+    return noted
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -80,24 +120,36 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def inputs(
-    ctx: Context, project: Project, records: Sequence[TaskRecord], config: ProjectConfig
+    ctx: Context,
+    project: Project,
+    records: Sequence[TaskRecord],
+    config: ProjectConfig,
+    faulty: list[TaskRecord],
 ) -> Iterator[tuple[TaskRecord, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Each usable image with its target: the annotation mask where there is one, else the pseudo ground truth."""
+    """Each usable image with its target: the annotation mask where there is one, else the pseudo ground truth.
+
+    The records of the others are added to `faulty`, with the error of each.
+    """
     clusters, decided = clusters_name(ctx, project), project.decided(config)
     for record in records:
         try:
             image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
-        except ImageFetchError as error:
-            log.warning("project %d, task %d is not scored: %s", project.id, record.id, error)
+            mask = project.labels(record.id, config) if record.labelled else None
+            target = (
+                target_of(project, record, clusters, decided, config)
+                if mask is None
+                else np.asarray(fine_target(mask, config.classes), np.uint8)
+            )
+            if target is None:
+                target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
+            if target.shape != image.shape[:2]:
+                raise MaskError(
+                    f"the labels of task {record.id} are for an image of another shape: restore the image, or label it "
+                    "anew"
+                )
+        except Exception as error:
+            faulty.append(noted(ctx.studio, project.id, record, error))
             continue
-        mask = project.labels(record.id, config) if record.labelled else None
-        target = (
-            target_of(project, record, clusters, decided, config)
-            if mask is None
-            else np.asarray(fine_target(mask, config.classes), np.uint8)
-        )
-        if target is None:
-            target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
         yield record, image, target
 
 

@@ -14,11 +14,11 @@ from rich.text import Text
 from backend.attach import check
 from backend.context import Context
 from backend.errors import FirstRowError
-from backend.project import Project
+from backend.project import Index, Project
 from backend.worker import alive
 
-#: Places of the queue that are shown.
-SHOWN = 10
+#: Places of the queue, and unusable tasks, that are shown.
+SHOWN, SHOWN_UNUSABLE = 10, 20
 
 
 def status(ctx: Context, project: int) -> dict[str, Any]:
@@ -32,37 +32,40 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
         the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
         in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
-        `head` (first places of the queue: task, ask, utility, parts),
-        `error` (step, message, time; None when all is well), `missing` (what `attach` would still add).
+        `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the first `tasks` by
+        id: task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
+        None when all is well), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
     """
     here = ctx.project(project)
+    index = here.index()
     state = ctx.board.state(project) or here.state()
     fields = {name: state.get(name) for name in ("round", "phase", "version", "model", "note", "published", "tasks")}
     return {
         "project": project,
         **fields,
         "stages": state.get("stages", {}),
-        "labels": labels(here),
+        "labels": labels(here, index),
         "waiting": ctx.board.wished(project),
         "jobs": ctx.board.jobs(project),
         "workers": alive(ctx.board),
         "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
+        "unusable": unusable(index),
         "error": ctx.board.error(project),
         "missing": missing(ctx, project),
     }
 
 
-def labels(project: Project) -> list[dict[str, Any]]:
+def labels(project: Project, index: Index) -> list[dict[str, Any]]:
     """Labels that the label config has lost or gained: `label`, `why` (`gone`, `new`), `tasks`, `says`."""
     try:
         config = project.config()
     except FirstRowError:
         return []  # `missing` says it
     rows = []
-    counts = Counter(label for record in project.index().values() for label in record.lost)
+    counts = Counter(label for record in index.values() for label in record.lost)
     for label, tasks in sorted(counts.items()):
         says = (
             f"Label {label!r} is in the annotations of {tasks} tasks but not in the label config: those pixels "
@@ -76,6 +79,15 @@ def labels(project: Project) -> list[dict[str, Any]]:
         )
         rows.append({"label": label, "why": "new", "tasks": 0, "says": says})
     return rows
+
+
+def unusable(index: Index) -> dict[str, Any]:
+    """Tasks that take no part: how many, and why, of the first."""
+    faulty = [index[i] for i in sorted(index) if index[i].error]
+    rows = [
+        {"task": r.id, "reason": r.error, "tries": r.tries, "next_try": r.next_try} for r in faulty[:SHOWN_UNUSABLE]
+    ]
+    return {"count": len(faulty), "tasks": rows}
 
 
 def missing(ctx: Context, project: int) -> list[str]:
@@ -95,6 +107,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         console.print(_table("Head of the queue", ["", "task", "asks for", "utility", "parts"], _places(found["head"])))
     if found["jobs"]:
         console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
+    if found["unusable"]["count"]:
+        title = f"Unusable tasks ({len(found['unusable']['tasks'])} of {found['unusable']['count']})"
+        console.print(_table(title, ["task", "why, and what to do", "next try"], _faults(found["unusable"]["tasks"])))
     workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]
     if workers:
         console.print(_table("Workers", ["name", "queues", "state"], workers))
@@ -119,6 +134,17 @@ def _places(head: Iterable[Mapping[str, Any]]) -> list[list[object]]:
         [n + 1, place["task"], place["ask"], _number(place["utility"]), _parts(place["parts"])]
         for n, place in enumerate(head)
     ]
+
+
+def _faults(rows: Iterable[Mapping[str, Any]]) -> list[list[object]]:
+    now = time.time()
+    return [[row["task"], Text(row["reason"]), _wait(row["next_try"] - now)] for row in rows]
+
+
+def _wait(seconds: float) -> str:
+    if seconds <= 0:
+        return "now"
+    return f"in {seconds / 60:.0f} min" if seconds < 5400 else f"in {seconds / 3600:.0f} h"
 
 
 def _parts(parts: Mapping[str, float | None]) -> str:
@@ -153,5 +179,5 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
     return table

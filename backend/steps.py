@@ -52,7 +52,6 @@ class Found:
     config: ProjectConfig
     ours: Row | None
     others: tuple[Row, ...]
-    hosts: tuple[str, ...]
 
     @property
     def id(self) -> int:
@@ -94,7 +93,7 @@ def connection_faults(found: Found, ours: Row) -> Iterator[tuple[str, bool]]:
     yield "it lacks our secret", ours["auth_method"] != "BASIC_AUTH" or ours["basic_auth_user"] != USER
     yield "it is set to interactive", bool(ours["is_interactive"])
     yield f"Label Studio cannot reach it ({ours['error_message'] or 'no answer'})", ours["state"] != "CO"
-    yield "groups, image hosts and the former settings are not recorded", note_of(ours) != new_note(found)
+    yield "groups and the former settings are not recorded", _of_today(note_of(ours)) != new_note(found)
 
 
 def keeper_steps(found: Found) -> Iterator[Step]:
@@ -141,7 +140,12 @@ def new_note(found: Found) -> dict[str, Any]:
         stamp = digest(found.new_config)
     groups, keeper = named_groups(found.config), {"keeper": old["keeper"]} if "keeper" in old else {}
     background = {"background": found.config.background}
-    return {"before": before, "groups": groups, "image_hosts": list(found.hosts), "config": stamp} | background | keeper
+    return {"before": before, "groups": groups, "config": stamp} | background | keeper
+
+
+def _of_today(note: Mapping[str, Any]) -> dict[str, Any]:
+    """A note without what earlier releases wrote down: hosts of images, which any member could have changed."""
+    return {name: value for name, value in note.items() if name != "image_hosts"}
 
 
 def former(found: Found) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from backend.coarse_answers import (
 )
 from backend.connection import OURS, note_of, our_backend
 from backend.context import Context
-from backend.errors import ImageFetchError, LabelStudioError, MaskError
+from backend.errors import LabelStudioError, MaskError
+from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
-from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks, with_error
+from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks
 from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
 
@@ -93,10 +94,11 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
     read: set[int] = set()
     for row in ctx.studio.tasks(project.id):
         old, image = index.get(row["id"]), image_value(row, config)
-        if old is not None and old.image != image:
+        another = old is not None and old.image != image
+        if old is not None and another:
             old = replace(old, image=image, size=(0, 0), error="", clusters="", counts=())
         fresh[row["id"]] = old or TaskRecord(row["id"], image, row.get("updated_at", ""))
-        if differs(row, old) or row["id"] in copies:
+        if another or differs(row, old) or row["id"] in copies:
             read.add(row["id"])
     return fresh, read
 
@@ -123,6 +125,9 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
 
     Returns:
         The new record, or None when the task is gone. A fault of this task alone is left in `record.error`.
+
+    Raises:
+        LabelStudioError: what Label Studio answered about the task itself.
     """
     try:
         task = ctx.studio.task(record.id, project.id)
@@ -130,16 +135,31 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         if error.status == 404:
             return None
         raise
+    check_results(task)
     task = return_what_changed(ctx, project, task)
     asked = record.asked or was_asked(task, config, OURS)
     fresh = {"image": image_value(task, config), "updated_at": task.get("updated_at", ""), "error": "", "lost": ()}
-    record = replace(record, **fresh, coarse=False, asked=asked)
+    tries = record.tries if fresh["updated_at"] == record.updated_at else 0
+    record = replace(record, **fresh, coarse=False, asked=asked, tries=tries)
     record = replace(record, **vars_of_labels(project, task, config, asked))
     try:
         return read_masks(ctx, project, config, record, task)
-    except (ImageFetchError, MaskError) as error:
-        log.warning("project %d, task %d: %s", project.id, record.id, error)
-        return with_error(record, error)
+    except Exception as error:
+        return noted(ctx.studio, project.id, record, error)
+
+
+def check_results(task: Mapping[str, Any]) -> None:
+    """Refuse annotations that are not lists of regions, as a program may have written them.
+
+    Raises:
+        MaskError: naming the annotation.
+    """
+    for source in task.get("annotations") or []:
+        result = source.get("result") or []
+        if not isinstance(result, list) or not all(isinstance(region, dict) for region in result):
+            raise MaskError(
+                f"task {task['id']}, annotation {source.get('id')} is not a list of regions: delete it in Label Studio"
+            )
 
 
 def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) -> dict[str, Any]:

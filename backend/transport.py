@@ -1,11 +1,11 @@
-"""HTTP to Label Studio: credentials, timeouts, retries, and failures said in plain words."""
+"""HTTP to Label Studio: credentials, timeouts, retries, and failures said in plain words. Files: download.py."""
 
 from __future__ import annotations
 
 import base64
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -15,14 +15,11 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.util import Retry
 
+from backend import download
 from backend.errors import ImageFetchError, LabelStudioError
 
 #: Seconds to connect, and to wait for an answer; deleting 10,000 predictions takes Label Studio 36 s.
 TIMEOUT = (5.0, 300.0)
-#: Seconds to connect, and between two pieces, of a file that is not Label Studio's own.
-DOWNLOAD_TIMEOUT = (5.0, 30.0)
-#: Seconds that one file may take in all.
-SLOWEST = 120.0
 #: Numpy's numbers and arrays are fine, and keys that are numbers.
 FREELY = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 #: An access token is renewed after this share of its life.
@@ -106,6 +103,7 @@ class Transport:
         )
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=again))
+        self.files = download.session(guarded=False, max_retries=again)
 
     def call(
         self,
@@ -147,70 +145,62 @@ class Transport:
             raise unreachable(self.url, error) from error
         return answer
 
-    def download(self, path: str, limit: int) -> bytes:
+    def download(self, path: str, limit: int, hosts: Collection[str] = ()) -> bytes:
         """Bytes of a file; one redirect by Label Studio is followed, without our key unless it stays in Label Studio.
 
         Args:
             path: begins with a slash.
             limit: most bytes to accept.
+            hosts: that the operator allows; Label Studio may also send us on to any public address.
 
         Raises:
             ImageFetchError: this file cannot be had.
-            LabelStudioError: Label Studio is down, in trouble, or refuses our key.
+            LabelStudioError: Label Studio as a whole is down, in trouble, or refuses our key.
         """
-        answer = self.raw("GET", path, stream=True)
-        onward = urljoin(self.url + path, answer.headers["Location"]) if answer.is_redirect else ""
-        if onward:
-            answer.close()
-            inside = self.owns(onward)
-            answer = self.raw("GET", onward.removeprefix(self.url), stream=True) if inside else fetch(onward)
-        with answer:
-            if self.owns(str(answer.url)) and (answer.status_code == 401 or answer.status_code >= 500):
-                raise refused(self.url, "GET", path, answer)
-            return limited(answer, limit)
+        with download.Download(hosts):
+            try:
+                answer = self._open(path)
+                onward = download.redirect(answer)
+                if onward is not None:
+                    answer.close()
+                    onward = urljoin(self.url + path, onward)
+                    if not self.owns(onward):
+                        with download.opened(onward) as elsewhere:
+                            return download.body(elsewhere, limit)
+                    answer = self._open(onward.removeprefix(self.url))
+                with answer:
+                    if answer.status_code == 401 or answer.status_code >= 500:
+                        raise refused(self.url, "GET", path.partition("?")[0], answer)
+                    return download.body(answer, limit)
+            except LabelStudioError as error:
+                if error.status == 401 or not self.answers():
+                    raise
+                reason = f"answers {error.status}" if error.status else "does not answer"
+                raise ImageFetchError(
+                    f"Label Studio {reason} when asked for this file, and answers other requests: look whether the "
+                    "file is there and may be read, and whether its path has '..' or '%2F' in it"
+                ) from error
+
+    def _open(self, path: str) -> requests.Response:
+        wait = (TIMEOUT[0], download.SLOWEST)
+        how: dict[str, Any] = {"stream": True, "allow_redirects": False, "headers": download.HEADERS}
+        try:
+            return self.files.get(self.url + path, auth=self.credentials, timeout=wait, **how)
+        except requests.RequestException as error:
+            raise unreachable(self.url, error) from None
+
+    def answers(self) -> bool:
+        """Whether Label Studio as a whole, its database and our key included, works."""
+        try:
+            self.call("GET", "/api/current-user/whoami")
+        except LabelStudioError:
+            return False
+        return True
 
     def owns(self, url: str) -> bool:
         """Whether an absolute URL points into this Label Studio."""
         ours, other = urlsplit(self.url), urlsplit(url)
         return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
-
-
-def fetch(url: str) -> requests.Response:
-    """Open a URL without any key, not following redirects.
-
-    Raises:
-        ImageFetchError: no connection.
-    """
-    try:
-        return requests.get(url, timeout=DOWNLOAD_TIMEOUT, stream=True, allow_redirects=False, auth=_nobody)
-    except requests.RequestException as error:
-        host = urlsplit(url).netloc
-        raise ImageFetchError(f"{host} does not answer ({type(error).__name__}): is it reachable from here?") from error
-
-
-def _nobody(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request  # given as `auth`, keeps requests from sending what ~/.netrc holds for the host
-
-
-def limited(answer: requests.Response, limit: int) -> bytes:
-    """The body of an answer, read until the size limit or the time limit is passed.
-
-    Raises:
-        ImageFetchError: not a 2xx answer, or its body is too big, too slow, or breaks off.
-    """
-    host, began, body = urlsplit(str(answer.url)).netloc, time.monotonic(), bytearray()
-    if not 200 <= answer.status_code < 300:
-        raise ImageFetchError(f"{host} answers {answer.status_code} ({answer.reason}): is the file still there?")
-    try:
-        for part in answer.iter_content(1 << 16):
-            body += part
-            if len(body) > limit:
-                raise ImageFetchError(f"{host} sends more than {limit / 1e6:.0f} MB: use a smaller image")
-            if time.monotonic() - began > SLOWEST:
-                raise ImageFetchError(f"{host} sent only {len(body)} bytes in {SLOWEST:.0f} s")
-    except requests.RequestException as error:
-        raise ImageFetchError(f"{host} broke off after {len(body)} bytes ({type(error).__name__})") from error
-    return bytes(body)
 
 
 def parsed(url: str, answer: requests.Response) -> Any:
@@ -221,7 +211,7 @@ def parsed(url: str, answer: requests.Response) -> Any:
     """
     try:
         return answer.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabelStudioError(
             f"{url} answered {answer.status_code} with something that is not JSON: is LABEL_STUDIO_URL the address "
             "of Label Studio itself, without a path behind it?",

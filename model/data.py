@@ -5,21 +5,66 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from model.classes import IGNORE, Classes
 
 #: What Pillow raises on files that are damaged, cut off, far too large or no images.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    BufferError,
+    Warning,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+#: What is read. Each further decoder is one more thing that a file can upset, and that of EPS starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+#: How files begin that are often taken for pictures.
+OTHERS = {
+    b"%!PS": "EPS",
+    b"%PDF": "PDF",
+    b"8BPS": "Photoshop",
+    b"<svg": "SVG",
+    b"<!do": "a web page, perhaps a login",
+    b"<htm": "a web page, perhaps a login",
+    b"<?xm": "XML, perhaps an error of the storage",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL": "JPEG XL",
+    b"\0\0\1\0": "an icon",
+}
+#: Most bytes of memory that decoding one image may take.
+BUDGET = 512_000_000
+#: Bytes per pixel by Pillow's mode, of the image as it is stored and of what is made of it on the way to RGB.
+BYTES = {"1": 2, "L": 1, "P": 5, "RGB": 4, "I;16": 9, "I;16B": 9, "I;16L": 9}
+#: Of all other modes.
+MOST_BYTES = 8
+#: Bytes per pixel that the decoders of these formats take besides.
+WORKSPACE = {"WEBP": 8, "AVIF": 8, "GIF": 5, "TIFF": 4}
+#: Bytes per pixel, of the whole image, that are kept of a progressive JPEG until its last scan.
+PROGRESSIVE = 6
 #: EXIF orientation -> what turns the stored pixels upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,34 +118,102 @@ def decode(source: Path | bytes, size: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: it cannot be decoded.
     """
+    return decode_sized(source, size)[0]
+
+
+def decode_sized(source: Path | bytes, size: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """An image at work resolution as `decode` gives it, and width and height of the original as people see it.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
     with opened(source) as image:
-        wanted, turn = work_size(image.size, size), orientation(image)
+        original, wanted = image.size, work_size(image.size, size)
         # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size: a quarter of the time for a large photograph.
         image.draft("RGB", wanted)
-        small = as_rgb(image).resize(wanted, Image.Resampling.BILINEAR)
-        return np.array(small.transpose(TURNS[turn]) if turn in TURNS else small)
+        check_memory(image, original)
+        turn = orientation(image)
+        small = as_rgb(image).resize(wanted, Image.Resampling.BILINEAR).convert("RGB")
+        return np.array(small.transpose(TURNS[turn]) if turn in TURNS else small), upright(original, turn)
+
+
+def check_memory(image: Image.Image, original: tuple[int, int]) -> None:
+    """Refuse what would take more than BUDGET to decode.
+
+    Args:
+        image: not yet decoded, perhaps to be decoded to a smaller size.
+        original: its width and height in the file.
+
+    Raises:
+        ImageError: naming its size and what to do.
+    """
+    pixels, whole = image.width * image.height, original[0] * original[1]
+    kind = str(image.format)
+    needed = pixels * (BYTES.get(image.mode, MOST_BYTES) + WORKSPACE.get(kind, 0))
+    needed += whole * PROGRESSIVE * bool(image.info.get("progressive"))
+    if needed > BUDGET:
+        raise ImageError(
+            f"it has {original[0]} x {original[1]} pixels, too many to decode ({needed / 1e6:.0f} MB of memory, at "
+            f"most {BUDGET / 1e6:.0f}): make it smaller, or save it as a JPEG that is not progressive"
+        )
 
 
 def original_size(source: Path | bytes) -> tuple[int, int]:
-    """Width and height of an image as people see it, in pixels, without decoding it.
+    """Width and height of an image as people see it, in pixels; without decoding it where the format allows.
 
     Raises:
         ImageError: it is no image.
     """
     with opened(source) as image:
-        width, height = image.size
-        return (height, width) if orientation(image) >= 5 else (width, height)
+        original = image.size
+        image.draft("RGB", (1, 1))
+        check_memory(image, original)  # the orientation of a PNG may stand behind its pixels
+        return upright(original, orientation(image))
+
+
+def upright(size: tuple[int, int], turn: int) -> tuple[int, int]:
+    """Width and height after an EXIF orientation has been followed."""
+    return (size[1], size[0]) if turn >= 5 else size
 
 
 @contextmanager
 def opened(source: Path | bytes) -> Iterator[Image.Image]:
     """An image file, its pixels not yet decoded; whatever Pillow raises meanwhile becomes an ImageError."""
+    name = "the image" if isinstance(source, bytes) else f"the image {source}"
+    again = "save it again as JPEG or PNG"
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             yield image
+    except ImageError as error:
+        raise ImageError(f"{name} cannot be read: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} cannot be read: {unknown(source)}; {again}") from error
+    except MemoryError as error:
+        raise ImageError(f"{name} cannot be read: it takes too much memory; {again}, or smaller") from error
     except UNREADABLE as error:
-        name = "the image" if isinstance(source, bytes) else f"the image {source}"
-        raise ImageError(f"{name} cannot be read: {error}; save it again as JPEG or PNG") from error
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{name} cannot be read: {reason}; {again}") from error
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def unknown(source: Path | bytes) -> str:
+    """What a file is that is none of FORMATS."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return unknown(file.read(32))
+    head = source[:32]
+    start = head.lstrip()[:4].lower()
+    kind = next((name for magic, name in OTHERS.items() if head.startswith(magic) or start == magic.lower()), "")
+    if head[4:8] == b"ftyp":
+        kind = "HEIC or AVIF"
+    what = f"it is {kind}" if kind else "it is empty" if not head else "it is damaged, or no picture"
+    return f"{what}, not one of {', '.join(formats())}"
 
 
 def work_size(original: tuple[int, int], size: int) -> tuple[int, int]:
@@ -110,16 +223,19 @@ def work_size(original: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 is upright."""
-    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    """The EXIF orientation, 1 to 8; 1 is upright, and whatever is none."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) and value in TURNS else 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of eight bits."""
+    """Three channels of eight bits, or one of which all three are copies."""
     if image.mode.startswith("I"):
         # Pillow cuts sixteen bits off at 255 instead of scaling them.
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 class Folder:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.classes import IGNORE, Classes
-from model.data import Sample, augment
+from model.data import ImageError, Sample, augment
 from model.gradients import marginal_cross_entropy
 from model.metrics import confusion
 from model.network import Network
@@ -84,7 +85,8 @@ def train(
 
     Raises:
         ValueError: there is no image at all.
-        FloatingPointError: the loss is no longer a number.
+        ImageError: none of the images can be read; one that cannot be is left out.
+        FloatingPointError: the loss, or what was learnt, is no longer a number.
     """
     if not labelled and not weak:
         raise ValueError("training needs at least one labelled image")
@@ -96,7 +98,19 @@ def train(
         training_mode(trained)
         source = ahead(batches(labelled, weak, classes, recipe, rng))
         learn(trained, forwarded(trained, source), classes, recipe, progress)
+    check_finite(trained)
     return trained.eval()
+
+
+def check_finite(network: Network) -> None:
+    """Refuse a network with weights that are no numbers: everything it says would be none either.
+
+    Raises:
+        FloatingPointError: naming the first of them.
+    """
+    for name, values in network.state_dict().items():
+        if not bool(torch.isfinite(values).all()):
+            raise FloatingPointError(f"{name} of the network is not finite: lower the learning rates, or start anew")
 
 
 def forwarded(network: Network, source: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,10 +213,25 @@ def batches(
     while True:
         views = []
         for source in sources:
-            image, target = next(source).load()
+            image, target = next_usable(source, 2 * (len(labelled) + len(weak)))
             size = size or view_size((image.shape[0], image.shape[1]), recipe.view)
             views.append(augment(image, target, size, classes.any_row, rng))
         yield np.stack([image for image, _ in views]), np.stack([target for _, target in views])
+
+
+def next_usable(source: Iterator[Sample], most: int) -> Batch:
+    """Image and target of the next sample that can be read.
+
+    Raises:
+        ImageError: of the last of `most` samples, none of which can be.
+    """
+    fault = ImageError("there is no image")
+    for sample in islice(source, most):
+        try:
+            return sample.load()
+        except ImageError as error:
+            fault = error
+    raise fault
 
 
 def weak_views(labelled: Sequence[object], weak: Sequence[object], recipe: Recipe) -> int:

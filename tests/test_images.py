@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import socket
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backend.download import Download
 from backend.errors import ImageFetchError, LabelStudioError
 from backend.images import FOLDERS, ImageCache, check_host, fetch, prune, served_path, write
 from backend.labelstudio import LabelStudio
@@ -131,6 +137,15 @@ def test_local_files(door: LabelStudio, project: int, cache: Callable[..., Image
         cache().get(project, task["id"], "/data/local-files/?d=sub/no.png")
 
 
+def test_a_file_that_label_studio_answers_with_500_is_that_files_fault(
+    door: LabelStudio, project: int, cache: Callable[..., ImageCache]
+) -> None:
+    with pytest.raises(ImageFetchError, match=r"task 7, image '/data/local-files/\?d=a%2F.*answers 500 when asked"):
+        cache().get(project, 7, "/data/local-files/?d=a%2F..%2F..%2Fx.png")
+    with pytest.raises(LabelStudioError, match="does not answer"):  # nobody is there at all: no file's fault
+        fetch(LabelStudio("http://127.0.0.1:1", "key"), 7, "/data/upload/1/a.png")
+
+
 def test_cloud_storage(door: LabelStudio, project: int, site: Site, cache: Callable[..., ImageCache]) -> None:
     site.pages["/bucket"] = site.pages["/bucket/"] = (200, {"Content-Type": "application/xml"}, LISTING)
     site.pages["/bucket/field/d.png"] = (200, {}, picture())
@@ -147,13 +162,17 @@ def test_cloud_storage(door: LabelStudio, project: int, site: Site, cache: Calla
     door.http.call("POST", "/api/storages/s3/", body=storage)
     [task] = door.import_tasks(project, [{"image": "s3://bucket/field/d.png"}])
     assert door.task(task, project)["data"]["image"] == "s3://bucket/field/d.png"
-    _, size = cache().get(project, task, "s3://bucket/field/d.png")
+    with pytest.raises(ImageFetchError, match="put the address itself into FIRSTROW_ALLOWED_HOSTS"):
+        cache().get(project, task, "s3://bucket/field/d.png")
+    assert not [path for path, _ in site.seen if path.startswith("/bucket/field")]
+    _, size = cache(site.host).get(project, task, "s3://bucket/field/d.png")
     assert size == (64, 48)
     path, authorization = site.seen[-1]
     assert "X-Amz-Signature" in path or "Signature=" in path
     assert authorization is None  # our key stays with Label Studio
-    with pytest.raises(ImageFetchError, match="answers 404"):
-        cache().get(project, task, "s3://bucket/field/gone.png")
+    with pytest.raises(ImageFetchError, match="answers 404") as caught:
+        cache(site.host).get(project, task, "s3://bucket/field/gone.png")
+    assert "Signature" not in str(caught.value)
     with pytest.raises(ImageFetchError, match="answers 404"):
         cache().get(project, task, "gs://nowhere/d.png")
 
@@ -188,6 +207,151 @@ def test_redirects_stay_among_allowed_hosts(site: Site, door: LabelStudio) -> No
     site.pages["/loop"] = (302, {"Location": "/loop"}, b"")
     with pytest.raises(ImageFetchError, match="more than 3 redirects"):
         fetch(door, 1, f"http://{site.host}/loop", {site.host})
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "hosts", "good"),
+    [
+        ("cdn.example.com", "1.1.1.1", (), True),
+        ("cdn.example.com", "2606:4700::1111", (), True),
+        ("minio.local", "10.1.2.3", (), False),
+        ("minio.local", "10.1.2.3", ("minio.local:9000",), True),
+        ("minio.local", "10.1.2.3", ("minio.local:9001",), False),
+        ("minio.local", "10.1.2.3", ("minio.local",), True),
+        ("minio.local", "127.0.0.1", ("minio.local",), False),
+        ("minio.local", "127.0.0.1", ("minio.local", "127.0.0.1:9000"), True),
+        ("localhost", "127.0.0.1", ("localhost",), True),
+        ("minio.local", "169.254.169.254", ("minio.local",), False),
+        ("169.254.169.254", "169.254.169.254", ("169.254.169.254",), True),
+        ("minio.local", "fe80::1%eth0", ("minio.local",), False),
+        ("minio.local", "::1", ("minio.local",), False),
+        ("minio.local", "::ffff:127.0.0.1", ("minio.local",), False),
+        ("cdn.example.com", "::ffff:10.0.0.1", (), False),
+        ("cdn.example.com", "64:ff9b::10.0.0.1", (), False),
+        ("cdn.example.com", "2002:7f00:1::", (), False),
+        ("cdn.example.com", "0.0.0.0", ("cdn.example.com",), False),
+        ("cdn.example.com", "100.64.0.1", (), False),
+        ("[::1]", "::1", ("[::1]:9000",), True),
+    ],
+)
+def test_which_addresses_may_be_reached(host: str, address: str, hosts: tuple[str, ...], good: bool) -> None:
+    download = Download(hosts)
+    if good:
+        download.check(host, 9000, address)
+    else:
+        with pytest.raises(ImageFetchError, match="FIRSTROW_ALLOWED_HOSTS"):
+            download.check(host, 9000, address)
+
+
+def test_a_name_that_turns_to_an_inner_address_reaches_nothing(
+    site: Site, door: LabelStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, real, asked = site.server.server_port, socket.getaddrinfo, []
+
+    def rebinding(host: str, *args: Any, **more: Any) -> Any:  # a name server of an attacker: public at first
+        if host != "evil.example.com":
+            return real(host, *args, **more)
+        asked.append(host)
+        place = ("8.8.8.8" if len(asked) == 1 else "127.0.0.1", port)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    assert socket.getaddrinfo("evil.example.com", port)[0][4][0] == "8.8.8.8"
+    site.pages["/a.png"] = (200, {}, picture())
+    with pytest.raises(ImageFetchError, match=r"has the address 127\.0\.0\.1"):
+        fetch(door, 1, f"http://evil.example.com:{port}/a.png", {f"evil.example.com:{port}"})
+    assert site.seen == []
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
+def test_a_trickle_is_cut_off(start: bytes, door: LabelStudio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.download.SLOWEST", 1.0)
+    with trickling(start) as port:
+        began = time.monotonic()
+        with pytest.raises(ImageFetchError, match="did not send the whole file within 1 s"):
+            fetch(door, 1, f"http://127.0.0.1:{port}/a.png", {"127.0.0.1"})
+        assert time.monotonic() - began < 8  # the trickle lasts 20 s
+
+
+def test_a_trickle_of_label_studio_is_cut_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.download.SLOWEST", 1.0)
+    with trickling(b"HTTP/1.1 200 OK\r\n\r\n") as port:  # its end is that of the connection
+        began = time.monotonic()
+        with pytest.raises(ImageFetchError, match="within 1 s"):
+            fetch(LabelStudio(f"http://127.0.0.1:{port}", "key"), 1, "/data/upload/1/a.png")
+        assert time.monotonic() - began < 8
+
+
+@contextmanager
+def trickling(start: bytes) -> Iterator[int]:
+    """A server that sends `start`, then a byte each tenth of a second for 20 s."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        with peer, suppress(OSError):
+            peer.recv(4096)
+            peer.sendall(start)
+            for _ in range(200):
+                if ended.wait(0.1):
+                    return
+                peer.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        ended.set()
+        thread.join()
+
+
+def test_keys_in_an_address_are_printed_nowhere(
+    site: Site, cache: Callable[..., ImageCache], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    texts = []
+    site.pages["/on"] = (302, {"Location": f"http://me:hunter2@{site.host}/gone?sig=hunter2"}, b"")
+    site.pages["/bad.png"] = (200, {}, b"no picture")
+    for address in (
+        f"http://{site.host}/gone?sig=hunter2",
+        f"http://me:hunter2@{site.host}/gone",
+        f"http://{site.host}/on?sig=hunter2",
+        f"http://{site.host}/bad.png?sig=hunter2#hunter2",
+        "http://127.0.0.1:1/a.png?sig=hunter2",
+        "http://elsewhere.example.com/a.png?sig=hunter2",
+        "http://me:hunter2@elsewhere.example.com/a.png",
+        "http://[hunter2/a.png?sig=hunter2",
+        "/data/upload/1/a.png?token=hunter2",
+    ):
+        with pytest.raises(ImageFetchError) as caught:
+            cache(site.host, "127.0.0.1:1").get(1, 7, address)
+        texts.append("".join(traceback.format_exception(caught.value)))
+    assert "hunter2" not in "\n".join(texts) + caplog.text
+    assert f"task 7, image 'http://{site.host}/gone'" in texts[0]
+
+
+@pytest.mark.parametrize(
+    "value", ["http://[::1/x", "http://a b/x", "http://x:99999/", "\ud800", "http://\ud800/", "//["]
+)
+def test_addresses_that_nobody_understands(value: str, site: Site, cache: Callable[..., ImageCache]) -> None:
+    with pytest.raises(ImageFetchError):
+        cache(site.host).get(1, 7, value)
+
+
+def test_a_damaged_copy_is_made_anew(site: Site, cache: Callable[..., ImageCache], tmp_path: Path) -> None:
+    site.pages["/a.png"] = (200, {}, picture())
+    first, _ = cache(site.host).get(1, 1, f"http://{site.host}/a.png")
+    [copy] = (tmp_path / "cache").rglob("*.jpg")
+    for rest in (0, 30, copy.stat().st_size // 2):
+        copy.write_bytes(copy.read_bytes()[:rest])
+        np.testing.assert_array_equal(cache(site.host).get(1, 1, f"http://{site.host}/a.png")[0], first)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(site: Site, door: LabelStudio, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"no folder")
+    site.pages["/a.png"] = (200, {}, picture())
+    broken = ImageCache(tmp_path / "file" / "cache", 10**9, door, 32, [site.host])
+    assert broken.get(1, 1, f"http://{site.host}/a.png")[1] == (64, 48)
 
 
 def test_our_own_address_in_a_task_goes_with_our_key(door: LabelStudio, project: int, tmp_path: Path) -> None:
