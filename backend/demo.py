@@ -102,18 +102,22 @@ def run(folder: Path, data: Path | None = None, rounds: int = 4, leave: bool = T
 
 @contextmanager
 def until_interrupted() -> Iterator[None]:
-    """Turn SIGTERM into the same orderly end as Ctrl-C."""
+    """Have SIGTERM and SIGINT end everything in order.
+
+    SIGINT too gets a handler of ours: a process whose parent ignores it (a shell's background job) inherits that.
+    """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except KeyboardInterrupt:
         console.print("\nStopped; nothing is left running.")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

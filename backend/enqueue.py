@@ -47,6 +47,8 @@ IN_ROUND = {"fit_codebook", "prepare", "plan_round", "train", "plan_scores", "sc
 PAUSES = (5, 30, 120, 600)
 #: Seconds for which a stopped project stays stopped unless it is registered again.
 STOPPED = 3600
+#: Seconds after which another worker looks at the counters of a project, when one has died while it looked.
+KEEP_COUNTING = 120
 #: Job states in which a job still has something to do.
 LIVE = {"queued", "started", "deferred", "scheduled", "ready"}
 
@@ -358,16 +360,25 @@ class Board:
             ids = [*queue.job_ids, *queue.deferred_job_registry.get_job_ids(cleanup=False)]
             for job in {job for job in ids if _of(job) == project}:
                 queue.remove(job)
-                try:
-                    Job.fetch(job, connection=self.redis, serializer=JSONSerializer).delete()
-                except NoSuchJobError:
-                    queue.deferred_job_registry.remove(job)
+                if (there := self.job(job)) is not None:
+                    there.delete()
+                queue.deferred_job_registry.remove(job)
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
-    def queue(self, name: str) -> Queue:
+    def queue(self, name: str, jobs: type[Job] = Job) -> Queue:
         """The rq queue of that name; payloads are JSON."""
-        return Queue(name, connection=self.redis, serializer=JSONSerializer)
+        return Queue(name, connection=self.redis, serializer=JSONSerializer, job_class=jobs)
+
+    def trim_failures(self) -> None:
+        """Delete the oldest failed jobs beyond `MOST_FAILURES` per queue."""
+        for name in (GPU, DEFAULT):
+            registry = self.queue(name).failed_job_registry
+            for raw in self.redis.zrange(registry.key, 0, -MOST_FAILURES - 1):
+                name = bytes(raw).decode()  # type: ignore[arg-type]
+                if (there := self.job(name)) is not None:
+                    there.delete()
+                self.redis.zrem(registry.key, name)
 
     def waiting(self) -> bool:
         """Whether a job waits for a worker."""
@@ -408,10 +419,10 @@ class Board:
         return job
 
     def job(self, name: str) -> Job | None:
-        """The job with this id, None when it is gone."""
+        """The job with this id, None when it is gone, or nothing that can be read."""
         try:
             return Job.fetch(name, connection=self.redis, serializer=JSONSerializer)
-        except NoSuchJobError:
+        except (NoSuchJobError, ValueError, KeyError, TypeError):
             return None
 
     def jobs(self, project: int) -> list[dict[str, Any]]:
@@ -446,6 +457,39 @@ class Board:
             meta={"project": project, "step": "reconcile"},
             description=f"reconcile project {project}",
         )
+
+    def forgot(self) -> bool:
+        """True for one caller after Redis has lost its memory."""
+        return bool(self.redis.set("firstrow:memory", 1, nx=True))
+
+    def turn(self, name: str, seconds: float) -> bool:
+        """True for one caller per so many seconds, of all processes."""
+        return bool(self.redis.set(name, 1, nx=True, px=max(1, int(1000 * seconds))))
+
+    def time_to_count(self, project: int) -> bool:
+        """Whether it is time to look at the project's counters; true for one caller, who calls `count_later` next."""
+        return self.turn(_key(project, "counting"), KEEP_COUNTING)
+
+    def count_later(self, project: int, soon: float, late: float, moved: bool = True) -> None:
+        """Have the project's counters looked at again after a pause: `soon`, or longer each time up to `late`."""
+        before = self.redis.get(_key(project, "pause"))
+        longer = 1.25 * float(before) if isinstance(before, bytes) and not moved else soon
+        pause = min(max(longer, soon), late)
+        self.redis.set(_key(project, "pause"), pause)
+        self.redis.set(_key(project, "counting"), 1, px=int(1000 * pause))
+
+    def counters(self, project: int) -> str:
+        """The project's counters at the last look; empty before the first."""
+        value = self.redis.get(_key(project, "counters"))
+        return value.decode() if isinstance(value, bytes) else ""
+
+    def set_counters(self, project: int, counters: str) -> None:
+        """Remember the project's counters."""
+        self.redis.set(_key(project, "counters"), counters)
+
+    def uncounted(self, project: int) -> None:
+        """What the counters told was not looked into: the next look asks again."""
+        self.redis.delete(_key(project, "counters"))
 
     def due(self, interval: int) -> bool:
         """True for one caller per `interval` seconds, however many workers ask."""

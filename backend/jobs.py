@@ -20,7 +20,8 @@ from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
 from backend.faults import due_tasks
 from backend.generations import clean_generations, unfinished
-from backend.learn import train_round, untrained_labels
+from backend.label_config import ProjectConfig
+from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import Index, Project, TaskRecord, labelled, pool
@@ -45,6 +46,7 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
     @wraps(job)
     def run(project: int, *args: P.args, **kwargs: P.kwargs) -> None:
         ctx, name = context(), job.__name__
+        ctx.store.damaged.clear()
         holder = args[0] if name in IN_ROUND or name == "start_round" else None
         try:
             ctx.board.go_on(project)
@@ -61,9 +63,15 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
             if name == "clean":
                 log.warning("project %d: cleaning up is put off: %s", project, reason, exc_info=not known)
                 return
+            if name == "reconcile":
+                ctx.board.uncounted(project)
             ctx.board.fail(project, name, reason)
             ctx.board.abandon(project, name, holder if isinstance(holder, int | str) else None, heals(error))
             raise
+        finally:
+            if damaged := ctx.store.damaged:  # deleted by now; the next round makes them again
+                log.warning("project %d: %d damaged files are made again", project, len(damaged))
+                ctx.board.retry_later(project)
 
     return run
 
@@ -133,7 +141,8 @@ def plan_round(ctx: Context, project: Project, number: int, shards: int, forced:
     else:  # the ids wait in Redis for the next round
         ctx.board.retry_later(project.id)
     count_votes(ctx, project, index, config)
-    due = forced or len(untrained_labels(project, index, config.classes)) >= ctx.settings.retrain_every
+    fresh = untrained_labels(project, index, config.classes)
+    due = forced or is_lost(project) or len(fresh) >= ctx.settings.retrain_every
     if due and labelled(index):
         after = [ctx.board.enqueue("train", project.id, number)]
         ctx.board.enqueue("plan_scores", project.id, number, after=after)
@@ -231,7 +240,7 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
     A round in which nothing changed ends here: the order in force is the one it would publish.
     """
     config = project.config()
-    have = scored(ctx, project, config, index)
+    have = scored(ctx, project, config, index) & pictured(ctx, project, config)
     todo = [r.id for r in [*pool(index), *labelled(index)] if r.id not in have and not r.error]
     if not todo and in_force(ctx, project, index, config):
         ctx.board.finish(project.id, number)
@@ -243,22 +252,35 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
     ctx.board.enqueue("publish", project.id, number, after=shards)
 
 
+def pictured(ctx: Context, project: Project, config: ProjectConfig) -> set[int]:
+    """Tasks whose mask by the network in force is in the store."""
+    keys = project.store.list(project.key("predictions", network_key(ctx, project, config.classes)))
+    return {int(name) for name in (key.rpartition("/")[2].removesuffix(".png") for key in keys) if name.isdigit()}
+
+
 def clean_store(ctx: Context, project: Project) -> None:
     """Delete scores, masks and maps that no longer compare with anything, and records taken in long ago."""
     # Listed before the names are looked up: what a round beside us writes meanwhile is not in the list.
     found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared", "shards")}
     config, number = project.config(), int(project.state().get("round", 0))
-    rounds = {str(n) for n in range(number, number + 3)}
-    keep = {
-        "scores": {scores_key(ctx, project, config)},
-        "clusters": {clusters_name(ctx, project)},
-        "prepared": rounds,
-        "shards": rounds,
-    }
-    for folder, names in keep.items():
-        for key in found[folder]:
-            if key.removeprefix(project.key(folder) + "/").partition("/")[0] not in names:
+    keep = {"scores": {scores_key(ctx, project, config)}, "clusters": {clusters_name(ctx, project)}}
+    for folder, keys in found.items():
+        for key in keys:
+            name = key.removeprefix(project.key(folder) + "/").partition("/")[0]
+            late = name.isdigit() and int(name) >= number  # of the order in force, or of a round beside us
+            if name not in keep.get(folder, ()) and not late:
                 project.store.delete(key)
+    drop_masks(project)
+    project.store.sweep(project.key())
+
+
+def drop_masks(project: Project) -> None:
+    """Delete the masks of tasks that are gone."""
+    found = [key for folder in ("labels", "coarse") for key in project.store.list(project.key(folder))]
+    index = project.index()  # read after the listing: a round beside us may be adding both
+    for key in found if index else ():
+        if int(key.rpartition("/")[2].removesuffix(".png")) not in index:
+            project.store.delete(key)
 
 
 def prepared(project: Project, number: int, shards: int) -> list[list[dict[str, Any]]]:
@@ -313,7 +335,7 @@ def unready(ctx: Context, project: Project, index: Index) -> set[int]:
     """Pool tasks that lack what ranking needs, but for those found unusable for a reason that has not changed."""
     clusters = clusters_name(ctx, project)
     maps = set(project.store.list(project.key("clusters", clusters))) if clusters else set()
-    wanted = (r for r in index.values() if r.in_pool and not r.error)
+    wanted = (r for r in index.values() if not r.error and (r.in_pool or has_map(r, clusters)))
     return {r.id for r in wanted if not has_map(r, clusters) or project.cluster_key(clusters, r.id) not in maps}
 
 

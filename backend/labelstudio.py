@@ -19,6 +19,9 @@ Row = dict[str, Any]
 PAGE = 1000
 #: Tasks asked for at once with all their masks.
 FULL_PAGE = 20
+#: Tasks that are asked for to see what changed last, and their fields.
+NEWEST = 20
+COUNTED = "id,updated_at,total_annotations,cancelled_annotations"
 #: The fields of a light row.
 LIGHT = "id,data,updated_at,is_labeled,total_annotations,cancelled_annotations"
 
@@ -74,6 +77,11 @@ class LabelStudio:
         """Projects whose title contains this."""
         return list(self.http.call("GET", "/api/projects/", params={"title": title, "page_size": 100})["results"])
 
+    def label_config(self, project: int) -> str:
+        """The project's label config alone; cheaper than all of `project`."""
+        answer = self.http.call("GET", f"/api/projects/{project}/", params={"include": "id,label_config"})
+        return str(answer["label_config"])
+
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""
         body = {"title": title, "label_config": label_config, **settings}
@@ -118,6 +126,13 @@ class LabelStudio:
         """Light rows of tasks created, annotated, or freed of an annotation after `when` (ISO time), newest first."""
         query = _where("updated_at", "greater", "Datetime", when) | {"ordering": ["-tasks:updated_at"]}
         return self._listing(project, query, PAGE, include=LIGHT)
+
+    def newest_tasks(self, project: int) -> tuple[list[Row], int, int]:
+        """The tasks that were changed last, newest first, at most `NEWEST`; numbers of tasks and of annotations."""
+        query = {"ordering": ["-tasks:updated_at"]}
+        params = {"project": project, "page": 1, "page_size": NEWEST, "query": json.dumps(query)}
+        answer = self.http.call("GET", "/api/tasks/", params={**params, "include": COUNTED, "resolve_uri": "false"})
+        return list(answer["tasks"]), int(answer["total"]), int(answer["total_annotations"])
 
     def tasks_with_version(self, project: int, version: str) -> set[int]:
         """Ids of the tasks that have a prediction of this version."""

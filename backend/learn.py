@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import JobError
+from backend.errors import JobError, StartAnew
 from backend.faults import concerns_all
 from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
@@ -91,11 +91,17 @@ def is_trained(ctx: Context, key: str) -> bool:
 
 
 def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Network, str]:
-    """The network that scores now, and a plain sentence when it is not the one that was asked for."""
+    """The network that scores now, and a plain sentence when it is not the one that was asked for.
+
+    Raises:
+        StartAnew: its checkpoint is lost, so that the model must be trained again.
+    """
     key = network_key(ctx, project, classes)
-    data = project.store.read(project.key("models", f"{key}.safetensors"))
-    if data is not None:
-        return network_from(data, classes), str(model_info(project).get("note", ""))
+    if (stored := stored_network(project, key, classes)) is not None:
+        return stored, str(model_info(project).get("note", ""))
+    if not key.startswith("source-"):
+        project.store.write_json(project.key("model.json"), {"lost": key})
+        raise StartAnew(f"the checkpoint {key} is gone from the store, or damaged: the model is trained again")
     if ctx.settings.checkpoint:
         return source_network(ctx.settings.checkpoint, classes), ""
     network, note = build_available(ctx.settings.network, len(classes.fine))
@@ -104,6 +110,28 @@ def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Netw
         log.warning("project %d: %s", project.id, note)
         project.store.write_json(project.key("model.json"), {**model_info(project), "note": note})
     return network, note or ""
+
+
+def stored_network(project: Project, key: str, classes: Classes) -> Network | None:
+    """The network of that name in the store; None when there is none, a damaged one is deleted."""
+    name = project.key("models", f"{key}.safetensors")
+    data = project.store.read(name)
+    if data is None:
+        return None
+    try:
+        return network_from(data, classes)
+    except Exception as error:  # whatever a reader of safetensors finds wrong with it
+        log.warning("project %d: the checkpoint %s cannot be read: %s", project.id, key, error)
+        project.store.discard(name, data)
+        return None
+
+
+def is_lost(project: Project) -> bool:
+    """Whether there was a trained model that is gone: its record or its checkpoint."""
+    info = model_info(project)
+    if "version" in info:
+        return False
+    return "lost" in info or any("/model-" in key for key in project.store.list(project.key("models")))
 
 
 def source_network(checkpoint: str, classes: Classes) -> Network:
@@ -161,7 +189,7 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
         return
     ctx.board.go_on(project.id)
     network_to(project, version, network, config.classes, ctx)
-    trained = {str(record.id): record.version for record in labelled(index)}
+    trained = {str(sample.record.id): sample.record.version for sample in full}  # not those whose mask was lost
     info = {"version": version, "trained": trained, "classes": list(config.classes.fine), "note": note}
     project.store.write_json(project.key("model.json"), info)
     prune_models(project, version)

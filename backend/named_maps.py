@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.store import PNG_END
 from model.classes import IGNORE, MIXED
 
 Map = NDArray[np.uint8]
@@ -48,6 +49,8 @@ def decode(data: bytes) -> tuple[Map, tuple[str, ...]]:
         ValueError: it is no PNG, is damaged, or does not name its values.
     """
     names = names_of(data)
+    if not data.endswith(PNG_END):  # a decoder may give half of a picture for half of a file
+        raise ValueError("the map is cut short")
     values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
     if values is None:
         raise ValueError("the map is damaged")

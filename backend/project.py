@@ -232,8 +232,8 @@ class Project:
         try:
             return None if data is None else named_maps.decode(data)
         except ValueError as error:
-            log.warning("%s: %s; it is made again", key, error)
-            self.store.delete(key)
+            log.warning("%s: %s", key, error)
+            self.store.discard(key, data)
             return None
 
     def state(self) -> dict[str, Any]:

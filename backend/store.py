@@ -1,10 +1,16 @@
-"""The store: checkpoints, cluster maps, masks, scores, in one folder or bucket. Derived things only."""
+"""The store: checkpoints, cluster maps, masks, scores, in one folder or bucket. Derived things only.
+
+So what is damaged is deleted, with a warning, and counts as missing: whatever is missing is made again.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +26,22 @@ from numpy.typing import NDArray
 
 from backend.errors import StoreError
 
-#: End of the names of files that are being written.
-PART = ".part"
+log = logging.getLogger(__name__)
+
+#: End of the names of files that are being written, and the age in seconds at which nobody is writing them any more.
+PART, DEAD = ".part", 3600
+#: How a PNG ends; a decoder may give half of a picture for half of a file.
+PNG_END = b"IEND\xaeB`\x82"
 
 
 class Store:
     """Bytes by key; keys look like `projects/7/clusters/ab12/31.png`.
 
-    Every write is atomic: a reader sees the old content or the new, never half of one.
+    Every write is atomic: a reader sees the old content or the new, never half of one; in a folder it is on the disk
+    before the call returns.
+
+    Attributes:
+        damaged: keys that were found damaged by this process, and deleted; for whoever has them made again.
 
     Args:
         url: a folder, or an fsspec URL such as `s3://bucket/firstrow`.
@@ -45,6 +59,7 @@ class Store:
             raise StoreError(f"the store {url} cannot be opened: {error}") from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.files, LocalFileSystem)
+        self.damaged: list[str] = []
 
     def __hash__(self) -> int:
         return hash(self.url)
@@ -90,12 +105,29 @@ class Store:
         with self._door("delete", key) as path, suppress(FileNotFoundError):
             self.files.rm_file(path)
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below a folder, sorted."""
+        with self._door("list", prefix) as path, suppress(FileNotFoundError, NotADirectoryError):
+            rows = self.files.ls(path, detail=True)
+            return sorted(str(row["name"]).rstrip("/").rpartition("/")[2] for row in rows if row["type"] == "directory")
+        return []
+
     def list(self, prefix: str) -> list[str]:
         """All keys below a folder, sorted."""
         with self._door("list", prefix) as path, suppress(FileNotFoundError):
             found = [str(file).removeprefix(self.root + "/") for file in self.files.find(path)]
             return sorted(key for key in found if not key.endswith(PART))
         return []
+
+    def sweep(self, prefix: str) -> None:
+        """Remove what writers that were killed have left below a folder."""
+        if not self.local:
+            return
+        with self._door("list", prefix) as path:
+            for file in Path(path).rglob(f".*{PART}"):
+                with suppress(FileNotFoundError):
+                    if time.time() - file.stat().st_mtime > DEAD:
+                        file.unlink()
 
     def delete_prefix(self, prefix: str) -> None:
         """Remove all keys below a folder; fine if there are none."""
@@ -107,8 +139,9 @@ class Store:
         data = self.read(key)
         try:
             return None if data is None else orjson.loads(data)
-        except ValueError as error:
-            raise self._damaged(key) from error
+        except ValueError:
+            self.discard(key, data)
+            return None
 
     def write_json(self, key: str, value: Any) -> None:
         """Keep a value; numpy numbers and arrays are fine, NaN becomes null."""
@@ -122,8 +155,9 @@ class Store:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 return {name: file[name] for name in file.files if names is None or name in names}
-        except (ValueError, EOFError, OSError, BadZipFile) as error:
-            raise self._damaged(key) from error
+        except (ValueError, EOFError, OSError, KeyError, BadZipFile, zlib.error):
+            self.discard(key, data)
+            return None
 
     def write_arrays(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep named arrays."""
@@ -136,17 +170,23 @@ class Store:
         data = self.read(key)
         if data is None:
             return None
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
-        if found is None:
-            raise self._damaged(key)
-        return np.asarray(found, np.uint8)
+        whole = data.endswith(PNG_END)
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if whole else None
+        if values is None:
+            self.discard(key, data)
+            return None
+        return np.asarray(values, np.uint8)
 
     def write_map(self, key: str, values: NDArray[np.uint8]) -> None:
         """Keep a map (H, W) of uint8 as a PNG."""
         self.write(key, cv2.imencode(".png", np.ascontiguousarray(values, np.uint8))[1].tobytes())
 
-    def _damaged(self, key: str) -> StoreError:
-        return StoreError(f"{key} in the store {self.url} is damaged; delete it and it will be made again")
+    def discard(self, key: str, data: bytes | None) -> None:
+        """Delete what is damaged, unless it was replaced since it was read; it counts as missing."""
+        if data is not None and self.read(key) == data:
+            log.warning("%s in the store %s is damaged (%d bytes): deleted, it is made again", key, self.url, len(data))
+            self.delete(key)
+            self.damaged.append(key)
 
     @contextmanager
     def _door(self, verb: str, key: str) -> Iterator[str]:
@@ -160,13 +200,34 @@ class Store:
 
 
 def _write_file(path: Path, data: bytes, place: Callable[[str, Path], None], mode: int = 0o644) -> None:
-    """Write beside the path, then `place` the complete file there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write beside the path, then `place` the complete file there; both are on the disk when this returns."""
+    _make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, mode)
+            os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())
         place(temporary, path)
+        _sync(path.parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents; their names are on the disk when this returns."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -92,14 +92,18 @@ class Supervisor:
         return self.child.wait()
 
 
-def run(queues: Sequence[str]) -> int:
+def run(queues: Sequence[str], entry: str = "backend.worker") -> int:
     """Run a worker for these queues, the first one first, until told to stop.
+
+    Args:
+        queues: names, in order of preference.
+        entry: the module that is the worker's program.
 
     Returns:
         The exit status, 0.
     """
     name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-    command = [sys.executable, "-m", "backend.worker", "--queues", ",".join(queues), "--name", name]
+    command = [sys.executable, "-m", entry, "--queues", ",".join(queues), "--name", name]
     return Supervisor([*command, "--parent", str(os.getpid())], child_environment(dict(os.environ))).run()
 
 

@@ -20,6 +20,9 @@ from backend.errors import ImageFetchError, LabelStudioError
 
 #: Seconds to connect, and to wait for an answer; deleting 10,000 predictions takes Label Studio 36 s.
 TIMEOUT = (5.0, 300.0)
+#: Times that a request is tried again within seconds, and the longest wait that Label Studio may ask for. What takes
+#: longer to heal fails, and its round is tried again.
+TRIES, LONGEST_WAIT = 3, 10.0
 #: Numpy's numbers and arrays are fine, and keys that are numbers.
 FREELY = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 #: An access token is renewed after this share of its life.
@@ -79,11 +82,27 @@ def lifetime(token: str) -> float:
         return 60.0
 
 
-class Transport:
-    """Calls Label Studio and returns parsed JSON.
+class Patience(Retry):
+    """When a request is sent again: always when nobody answered the door, or Label Studio asked us to come later (429).
 
-    A connection that could not be made is tried again; a request that may have been carried out is tried again only
-    if doing it twice does no harm (GET, DELETE).
+    A request that may have been carried out is sent again only if doing it twice does no harm: all but POST, which
+    makes something new. A step that died between a POST and its answer looks what is there before it sends it again.
+    """
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        """Whether an answer of this status is worth another try."""
+        if status_code == 429:
+            return bool(self.total)
+        return bool(super().is_retry(method, status_code, has_retry_after))
+
+    def get_retry_after(self, response: Any) -> float | None:
+        """Seconds that the answer asks us to wait, at most `LONGEST_WAIT`."""
+        seconds = super().get_retry_after(response)
+        return None if seconds is None else min(float(seconds), LONGEST_WAIT)
+
+
+class Transport:
+    """Calls Label Studio and returns parsed JSON; `Patience` says what is tried again.
 
     Args:
         url: where Label Studio is.
@@ -94,11 +113,11 @@ class Transport:
         self.url = url.rstrip("/")
         self.credentials = Credentials(self.url, key)
         self.session = requests.Session()
-        again = Retry(
-            total=3,
+        again = Patience(
+            total=TRIES,
             backoff_factor=0.3,
-            status_forcelist=(502, 503, 504),
-            allowed_methods=("GET", "DELETE"),
+            status_forcelist=(500, 502, 503, 504),
+            allowed_methods=("GET", "PATCH", "DELETE"),
             raise_on_status=False,
         )
         for scheme in ("http://", "https://"):

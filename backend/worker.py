@@ -14,20 +14,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from redis import RedisError
 from rq import Queue, SimpleWorker
+from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.worker_registration import REDIS_WORKER_KEYS, register
 
+from backend.context import connect
 from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError
+from backend.guard import ALLOWED, Kinds, guarded
 from backend.settings import Settings
+from backend.watch import Watch
 
 log = logging.getLogger("backend.worker")  # run as a module, its __name__ is another
 
@@ -46,16 +51,26 @@ class ResidentWorker(SimpleWorker):
         queues: names, in order of preference.
         name: the same for each life of one worker, so that it finds what it left behind.
         reconcile: seconds between comparisons with Label Studio.
+        allowed: the functions that may be called, with the kinds of their arguments.
     """
 
     #: Seconds between heartbeats.
     beat: float = BEAT
 
-    def __init__(self, board: Board, queues: Sequence[str], name: str, reconcile: int) -> None:
+    def __init__(
+        self,
+        board: Board,
+        queues: Sequence[str],
+        name: str,
+        reconcile: int,
+        allowed: Mapping[str, Kinds] = ALLOWED,
+    ) -> None:
+        jobs = guarded(allowed)
         super().__init__(
-            [board.queue(queue) for queue in queues],
+            [board.queue(queue, jobs) for queue in queues],
             name=name,
             connection=board.redis,
+            job_class=jobs,
             serializer=JSONSerializer,
             worker_ttl=2 * TICK,
             maintenance_interval=TICK,
@@ -68,7 +83,15 @@ class ResidentWorker(SimpleWorker):
         """Take the next job, after projects were given their turns."""
         for queue in self.queues:
             self.board.interleave(queue.name)
-        return super().dequeue_job_and_maintain_ttl(*args, **more)
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(*args, **more)
+            except (RedisError, StopRequested):
+                raise
+            except Exception as error:  # whatever there is in Redis, it does not end the worker
+                name = getattr(error, "job_id", "")
+                log.error("job %s was refused, it cannot be read: %s: %s", name, type(error).__name__, error)
+                self.connection.delete(Job.key_for(name))
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job, with a line in the log as it starts and ends."""
@@ -100,7 +123,13 @@ class ResidentWorker(SimpleWorker):
 
     def run_maintenance_tasks(self) -> None:
         """Every `TICK` seconds between jobs: take up abandoned jobs, and have the periodic reconcile queued."""
-        super().run_maintenance_tasks()  # type: ignore[no-untyped-call]  # rq
+        try:
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]  # rq
+        except RedisError:
+            raise
+        except Exception as error:
+            log.error("a job in Redis cannot be read: %s: %s", type(error).__name__, error)
+        self.board.trim_failures()
         if self.board.due(self.reconcile):
             return_lost(self.board)
             for project in self.board.projects():
@@ -109,6 +138,15 @@ class ResidentWorker(SimpleWorker):
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """The second signal: rq's own version ignores it within a second of the first."""
         raise SystemExit("stopped at once")
+
+    def sign_in(self) -> None:
+        """Have Redis know that this worker is there, again if it has forgotten; `status` looks there."""
+        if not self.connection.sismember(REDIS_WORKER_KEYS, self.key):
+            with self.connection.pipeline() as pipe:
+                pipe.hset(self.key, mapping=self.serialize())
+                register(self, pipe)
+                pipe.expire(self.key, self.worker_ttl + SILENCE)
+                pipe.execute()
 
     def take_up(self) -> None:
         """Have the jobs taken up that this worker's last life left behind, without waiting for their silence."""
@@ -146,16 +184,27 @@ def _reason(error: BaseException | None) -> str:
     return str(error) if isinstance(error, FirstRowError) else f"{kind}: {error}"
 
 
-def work(queues: Sequence[str], name: str, settings: Settings) -> int:
+def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[str, Kinds] = ALLOWED) -> int:
     """Work until told to stop.
+
+    Args:
+        queues: names, in order of preference.
+        name: of the worker.
+        settings: of this process.
+        allowed: the functions that jobs may call.
 
     Returns:
         The exit status: 0 when asked to stop, 1 when Redis or rq gave up.
     """
-    worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds)
+    worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds, allowed)
     worker.take_up()
+    watch = Watch(connect(settings), worker.sign_in)
+    watch.start()
     log.info("worker %s: listens on %s", name, ", ".join(queues))
-    worker.work(logging_level="WARNING")
+    try:
+        worker.work(logging_level="WARNING")
+    finally:
+        watch.end()
     return 0 if worker._shutdown_requested_date else 1
 
 
@@ -195,8 +244,16 @@ def die_with(parent: int) -> None:
         raise SystemExit("the parent has died")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m backend.worker`, the child; people use `firstrow worker`."""
+def main(arguments: Sequence[str] | None = None, allowed: Mapping[str, Kinds] = ALLOWED) -> int:
+    """`python -m backend.worker`, the child; people use `firstrow worker`.
+
+    Args:
+        arguments: of the command line.
+        allowed: the functions that jobs may call; a test's own entry passes its own.
+
+    Returns:
+        The exit status.
+    """
     parser = argparse.ArgumentParser(prog="python -m backend.worker")
     parser.add_argument("--queues", required=True)
     parser.add_argument("--name", required=True)
@@ -206,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.read()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        return work(given.queues.split(","), given.name, settings)
+        return work(given.queues.split(","), given.name, settings, allowed)
     except RedisError as error:
         log.error("Redis does not answer: %s; start it or set REDIS_URL", error)
         return 1

@@ -191,7 +191,19 @@ def test_nothing_outlives_us_when_we_are_killed(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_demo_leaves_nothing_and_starts_clean(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "backend.cli", "demo", "--folder", str(tmp_path / "demo")]
+    ignoring = "trap '' INT; exec \"$@\""  # as a shell does for what it starts in the background
+    command = [
+        "sh",
+        "-c",
+        ignoring,
+        "sh",
+        sys.executable,
+        "-m",
+        "backend.cli",
+        "demo",
+        "--folder",
+        str(tmp_path / "demo"),
+    ]
     for number in (signal.SIGINT, signal.SIGTERM):
         with child(f"demo-{number}", command, tmp_path, {"OMP_NUM_THREADS": "1"}) as running:
             prints(running, "Uploading", 300)

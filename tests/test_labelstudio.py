@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import requests
@@ -13,7 +16,7 @@ from PIL import Image
 from backend.embedded import Studio
 from backend.errors import LabelStudioError
 from backend.labelstudio import LabelStudio
-from backend.transport import lifetime
+from backend.transport import TRIES, Transport, lifetime
 
 CONFIG = """<View>
   <Image name="image" value="$image"/>
@@ -181,6 +184,60 @@ def test_nobody_there() -> None:
     with pytest.raises(LabelStudioError, match=f"{url} does not answer .* set LABEL_STUDIO_URL") as error:
         LabelStudio(url, "key").version()
     assert error.value.status is None
+
+
+class Shaky(BaseHTTPRequestHandler):
+    """Answers with the statuses it is told to, one after the other, and 200 from then on."""
+
+    statuses: ClassVar[list[int]] = []
+    asked: ClassVar[list[str]] = []
+
+    def answer(self) -> None:
+        """Answer any request."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.asked.append(self.command)
+        self.send_response(self.statuses.pop(0) if self.statuses else 200)
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815  (names of http.server)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def shaky() -> Iterator[Transport]:
+    """A transport to a server that fails."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Shaky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Shaky.asked.clear()
+    yield Transport(f"http://127.0.0.1:{server.server_port}", "key")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE", "POST"])
+def test_what_may_be_repeated_is(shaky: Transport, method: str, status: int) -> None:
+    Shaky.statuses[:] = [status, status]
+    repeated = method != "POST" or status == 429
+    if repeated:
+        assert shaky.call(method, "/x", body={}) == {}
+    else:
+        with pytest.raises(LabelStudioError, match=str(status)):
+            shaky.call(method, "/x", body={})
+    assert Shaky.asked == [method] * (3 if repeated else 1), "what makes something new is never sent twice"
+
+
+def test_a_fault_that_stays_is_told(shaky: Transport) -> None:
+    Shaky.statuses[:] = [500] * 50
+    with pytest.raises(LabelStudioError, match="500") as error:
+        shaky.call("PATCH", "/x", body={})
+    assert error.value.status == 500
+    assert len(Shaky.asked) == TRIES + 1
 
 
 def test_a_page_instead_of_json(door: LabelStudio) -> None:

@@ -121,12 +121,14 @@ def test_a_coarse_task_returns_to_the_person_who_labelled_it(
     pictures: dict[Path, NDArray[np.uint8]],
 ) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
-    first = team.attach()
+    before = team.attach()
     anna = make_user("anna")
-    work = team.annotator(anna).label_next()
-    assert work is not None
-    assert work.ask == "coarse"
-    team.wait(first)
+    # One label or a few: whether one names every cluster depends on the clusters, which differ from project to project.
+    while team.backend.context.board.state(team.id)["phase"] == "coarse":
+        work = team.annotator(anna).label_next()
+        assert work is not None
+        assert work.ask == "coarse"
+        before = team.wait(before)
     assert stages(team)[work.task] == "returned"
     for _ in team.masks:
         task = anna.next_task(team.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,8 +167,8 @@ def test_arrays(store: Store) -> None:
 def test_arrays_never_run_code(store: Store) -> None:
     buffer = np.array([{"an": "object"}], dtype=object)
     store.write_arrays("x.npz", {"x": buffer})
-    with pytest.raises(StoreError, match="damaged"):
-        store.read_arrays("x.npz")
+    assert store.read_arrays("x.npz") is None
+    assert store.damaged == ["x.npz"]
 
 
 def test_map(store: Store) -> None:
@@ -177,13 +178,61 @@ def test_map(store: Store) -> None:
     np.testing.assert_array_equal(store.read_map("x.png"), given)
 
 
-def test_what_is_damaged_is_named(store: Store) -> None:
-    readers = {"x.json": store.read_json, "x.npz": store.read_arrays, "x.png": store.read_map}
-    for data in (b"PK\x03\x04 cut short", b"\x89PNG cut short", b"", b"{"):
-        for key, read in readers.items():
-            store.write(key, data)
-            with pytest.raises(StoreError, match=rf"{key} in the store .* is damaged; delete it"):
-                read(key)
+@pytest.mark.parametrize("harm", ["half", "empty", "zeros", "other"])
+def test_what_is_damaged_is_deleted_with_a_warning(store: Store, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    store.write_json("x.json", {"a": list(range(100))})
+    store.write_arrays("x.npz", {"a": np.arange(1000)})
+    store.write_map("x.png", np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
+    for key, read in {"x.json": store.read_json, "x.npz": store.read_arrays, "x.png": store.read_map}.items():
+        data = store.read(key) or b""
+        harmed = {"half": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "other": b"PK\x03\x04 {"}
+        store.write(key, harmed[harm])
+        assert read(key) is None
+        assert not store.exists(key)
+        assert f"{key} in the store {store.url} is damaged" in caplog.text
+    assert store.damaged == ["x.json", "x.npz", "x.png"]
+
+
+def test_what_was_replaced_meanwhile_stays(store: Store) -> None:
+    store.write("x.json", b"whole")
+    store.discard("x.json", b"as it was read before")
+    assert store.read("x.json") == b"whole"
+    assert store.damaged == []
+
+
+def test_writes_are_on_the_disk_before_they_count(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(handle: int) -> None:
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr("os.replace", lambda one, two: (order.append("place"), replace(one, two)))
+    folder.write("x", b"1")
+    order.clear()
+    folder.write("x", b"2")
+    assert order == ["file", "place", "folder"]
+    folder.write("deep/er/x", b"3")
+    assert order[3:] == ["folder", "folder", "file", "place", "folder"], "new folders too"
+
+
+def test_what_killed_writers_left_is_swept(folder: Store) -> None:
+    folder.write("p/7/x", b"1")
+    for name, age in (("old", 7200), ("new", 0)):
+        part = Path(folder.root, "p/7", f".{name}.part")
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age, time.time() - age))
+    folder.sweep("p/7")
+    assert sorted(os.listdir(Path(folder.root, "p/7"))) == [".new.part", "x"]
+
+
+def test_folders(store: Store) -> None:
+    for key in ("projects/7/x", "projects/70/deep/y", "projects/file"):
+        store.write(key, b"1")
+    assert store.folders("projects") == ["7", "70"]
+    assert store.folders("nothing") == []
 
 
 def test_kinds_of_store_that_cannot_be_had() -> None:

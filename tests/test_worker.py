@@ -21,6 +21,7 @@ from rq import Retry
 from rq.job import Job
 
 from backend import supervisor, worker
+from backend.children import child
 from backend.embedded import start_redis, start_worker
 from backend.enqueue import Board
 
@@ -52,6 +53,15 @@ JOBS = """
             os.kill(os.getpid(), signal.SIGSEGV)
 """
 
+#: A worker that runs the jobs above and no others: the one of production runs none of them.
+WORKER = """
+    import sys
+    from backend import worker
+
+    names = ("quick", "slow", "fails", "crashes_once")
+    sys.exit(worker.main(allowed={f"testjobs.{name}": None for name in names}))
+"""
+
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
@@ -72,12 +82,13 @@ def board(redis_url: str) -> Iterator[Board]:
 
 @pytest.fixture
 def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts `firstrow worker` processes that know the jobs above."""
+    """Starts workers that know the jobs above, or `firstrow worker` itself."""
     (tmp_path / "testjobs.py").write_text(textwrap.dedent(JOBS))
+    (tmp_path / "testworker.py").write_text(textwrap.dedent(WORKER))
     numbers = itertools.count()
     with ExitStack() as stack:
 
-        def begin(queues: str = "gpu,default") -> subprocess.Popen[bytes]:
+        def begin(queues: str = "gpu,default", entry: str = "testworker") -> subprocess.Popen[bytes]:
             folder = tmp_path / f"worker{next(numbers)}"
             folder.mkdir()
             settings = {
@@ -87,7 +98,13 @@ def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
                 "FIRSTROW_STORE": str(tmp_path / "store"),
                 "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
             }
-            return stack.enter_context(start_worker(folder, settings, queues))
+            program = f"from backend import supervisor; supervisor.run({queues.split(',')}, {entry!r})"
+            logs = "import logging; logging.basicConfig(level=logging.INFO); "
+            command = [sys.executable, "-c", logs + program]
+            if entry == "backend.worker":
+                return stack.enter_context(start_worker(folder, settings, queues))
+            name = f"worker-{queues.replace(',', '-')}"
+            return stack.enter_context(child(name, command, folder, settings)).process
 
         yield begin
 
@@ -214,7 +231,7 @@ def test_heartbeat_goes_on_during_a_long_job(board: Board, tmp_path: Path, monke
     (tmp_path / "testjobs.py").write_text(textwrap.dedent(JOBS))
     monkeypatch.syspath_prepend(tmp_path)
     job = put(board, "slow", tmp_path / "pids", 60, str(tmp_path / "go_on"))
-    Counted(board, ["gpu"], "counted", 300).work(burst=True, logging_level="WARNING")
+    Counted(board, ["gpu"], "counted", 300, {"testjobs.slow": None}).work(burst=True, logging_level="WARNING")
     assert job.get_status() == "finished"
     assert len(beats) >= 3
     assert all(worker.SILENCE - 2 < ahead <= worker.SILENCE for ahead in beats)
@@ -248,6 +265,66 @@ def test_second_signal_puts_the_job_back_at_once(board: Board, start: Start, tmp
     assert not alive(child)
 
 
+#: What somebody who can write to Redis may put there: function, arguments, further fields of the job.
+PLANTED: list[tuple[str, list[Any], dict[str, str]]] = [
+    ("os.system", ["touch {evil}"], {}),
+    ("subprocess.getoutput", ["touch {evil}"], {}),
+    ("testjobs.quick", [7, "{evil}"], {}),
+    ("backend.jobs.run", [7], {}),
+    ("backend.jobs.publish.__globals__", [7, 1], {}),
+    ("backend.jobs.publish", ["7", 1], {}),
+    ("backend.jobs.reconcile", [7, 8], {}),
+    ("backend.jobs.reconcile", [-7], {}),
+    ("backend.jobs.reconcile", [True], {}),
+    ("backend.jobs.reconcile", [7], {"success_callback_name": "testjobs.evil"}),
+    ("backend.jobs.nothing", [7], {"failure_callback_name": "testjobs.evil"}),
+    ("backend.jobs.nothing", [7], {"stopped_callback_name": "testjobs.evil"}),
+    ("backend.jobs.nothing", [7], {"webhooks": '[{"url": "http://127.0.0.1:9/", "job_status": "failed"}]'}),
+    ("backend.jobs.reconcile", [7], {"timeout": "forever"}),
+    ("backend.jobs.nothing", [7], {"data": "not json"}),
+    ("backend.jobs.nothing", [7], {"retries_left": "1000000"}),
+    ("backend.jobs.reconcile", [7], {"data": '["backend.jobs.reconcile", {"an": "instance"}, [7], {}]'}),
+    ("backend.jobs.reconcile", [7], {"data": '["backend.jobs.reconcile", null, [7], {"more": 1}]'}),
+]
+
+
+def plant(board: Board, number: int, evil: Path) -> str:
+    """Put one of `PLANTED` into the queue, byte by byte; the job's id."""
+    function, args, more = PLANTED[number]
+    args = [arg.format(evil=evil) if isinstance(arg, str) else arg for arg in args]
+    name = f"planted-7-{number}"
+    fields = {
+        "data": json.dumps([function, None, args, {}]),
+        "origin": "gpu",
+        "status": "queued",
+        "created_at": "2026-01-01T00:00:00.000000Z",
+        "description": "planted",
+        **more,
+    }
+    board.redis.hset(f"rq:job:{name}", mapping=fields)
+    board.redis.rpush("rq:queue:gpu", name)
+    return name
+
+
+def test_a_job_that_is_none_of_ours_is_refused_and_the_worker_goes_on(
+    board: Board, start: Start, tmp_path: Path
+) -> None:
+    evil = tmp_path / "evil"
+    planted = [plant(board, number, evil) for number in range(len(PLANTED))]
+    after = board.queue("gpu").enqueue("backend.jobs.reconcile", "seven", job_id="planted-7-last")
+    parent = start(entry="backend.worker")
+    until(lambda: after.get_status() == "failed")
+    log = log_of(tmp_path)
+    for name, row in zip(planted, PLANTED, strict=True):
+        assert f"job {name} was refused" in log, row
+        job = board.job(name)
+        assert job is None or job.get_status() == "failed", row
+    assert not evil.exists()
+    assert "another starts in" not in log, "the worker lives on"
+    assert parent.poll() is None
+    assert "Traceback" not in log
+
+
 def test_several_workers_queue_one_reconcile(board: Board, start: Start) -> None:
     board.register(7)
     for _ in range(2):
@@ -258,11 +335,11 @@ def test_several_workers_queue_one_reconcile(board: Board, start: Start) -> None
 
 def test_job_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
     board.register(7)
-    lost, waiting = board.enqueue("train", 7, 1), board.enqueue("train", 7, 2)
-    assert board.redis.lpop(board.queue("gpu").key) == lost.id.encode()  # as a worker does that dies right then
+    lost, waiting = board.enqueue("start_round", 7, "a"), board.enqueue("start_round", 7, "b")
+    assert board.redis.lpop(board.queue("default").key) == lost.id.encode()  # as a worker does that dies right then
     assert worker.return_lost(board) == []
     assert worker.return_lost(board) == [lost.id]
-    assert board.queue("gpu").job_ids == [waiting.id, lost.id]
+    assert board.queue("default").job_ids == [waiting.id, lost.id]
     assert worker.return_lost(board) == []
 
 

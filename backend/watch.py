@@ -1,0 +1,184 @@
+"""A thread of each worker that looks around every second, also while its worker is busy: nothing stays undone.
+
+It starts rounds whose pause is over or whose jobs were lost, has its worker known to Redis, has all projects compared
+with Label Studio when Redis has lost its memory, and looks at a few counters of each project: they tell of an event
+that was lost. Of several workers one looks at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from redis import RedisError
+
+from backend.context import Context
+from backend.errors import FirstRowError, LabelStudioError
+from backend.labelstudio import Row
+from backend.sync import differs
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at Redis, and between two looks whether rounds were lost.
+TICK, RESCUE = 1.0, 5.0
+#: Seconds between two looks at a project's counters in Label Studio; where nothing moves each is later by a quarter.
+SOON, LATE = 3.0, 8.0
+#: ... but looking takes at most this share of Label Studio's time, and of that of one that is down or slow.
+SHARE, LATEST = 0.05, 60.0
+
+
+#: Seconds between two looks at a project's label config.
+CONFIG = 10.0
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What one request tells of a project.
+
+    Attributes:
+        tasks: how many there are.
+        annotations: how many there are, of all tasks.
+        newest: when a task was last changed, or its annotations; Label Studio's time.
+    """
+
+    tasks: int
+    annotations: int
+    newest: str
+
+    def to_text(self) -> str:
+        """One line, to compare."""
+        return f"{self.tasks} {self.annotations} {self.newest}"
+
+
+class Watch:
+    """Looks around until told to end.
+
+    Args:
+        ctx: the doors; of this thread alone, for connections to Label Studio are not shared.
+        sign_in: has the worker known to Redis.
+    """
+
+    def __init__(self, ctx: Context, sign_in: Callable[[], None]) -> None:
+        self.ctx, self.board, self.sign_in = ctx, ctx.board, sign_in
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.rescued = 0.0
+
+    def start(self) -> None:
+        """Have every known project compared with Label Studio once, then look around in a thread."""
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop looking."""
+        self.done.set()
+        self.thread.join(5)
+
+    def _run(self) -> None:
+        fresh = True
+        while not self.done.is_set():
+            try:
+                if fresh:
+                    recover(self.ctx)
+                    fresh = False
+                self.look()
+            except RedisError as error:
+                log.warning("Redis does not answer: %s", error)
+            except Exception as error:  # whatever it is, the next look may do better
+                log.warning("looking around failed: %s: %s", type(error).__name__, error)
+            self.done.wait(TICK)
+
+    def look(self) -> None:
+        """Look at everything once."""
+        self.sign_in()
+        if self.board.forgot():
+            log.warning("Redis has lost its memory: all projects are compared with Label Studio")
+            recover(self.ctx)
+        if not self.board.turn("firstrow:watch", 0.9 * TICK):
+            return
+        projects = [project for project in self.board.projects() if not self.board.stopped(project)]
+        for project in projects:
+            self.board.retry_due(project)
+        if time.monotonic() - self.rescued > RESCUE:
+            self.rescued = time.monotonic()
+            for project in projects:
+                self.board.rescue(project)
+        for project in projects:
+            if self.done.is_set():
+                return
+            self._count(project)
+
+    def _count(self, project: int) -> None:
+        """Look at a project's counters, if it is time to and nothing of it is under way."""
+        if self.board.busy(project) or self.board.wished(project) or not self.board.time_to_count(project):
+            return
+        began = time.monotonic()
+        try:
+            moved = count(self.ctx, project)
+            if self.board.turn(f"firstrow:{project}:config", CONFIG):
+                compare_config(self.ctx, project)
+        except FirstRowError as error:
+            log.info("project %d: its counters cannot be had: %s", project, error)
+            if isinstance(error, LabelStudioError) and error.status in (403, 404):
+                self.board.reconcile(project)  # it is gone, it seems: the reconcile forgets it
+            self.board.count_later(project, LATEST, LATEST)
+            return
+        least = min(LATEST, (time.monotonic() - began) / SHARE)
+        self.board.count_later(project, max(SOON, least), max(LATE, least), moved)
+
+
+def recover(ctx: Context) -> None:
+    """Queue a comparison with Label Studio of every project that Redis or the store knows of.
+
+    One that is not attached any more is forgotten by that comparison.
+    """
+    stored = {int(name) for name in ctx.store.folders("projects") if name.isdigit()}
+    for project in sorted(stored | set(ctx.board.projects())):
+        ctx.board.reconcile(project)
+
+
+def count(ctx: Context, project: int) -> bool:
+    """Compare the counters of a project with those of the last look, and ask for what is missing.
+
+    Returns:
+        Whether they had moved.
+    """
+    rows, counters = newest(ctx, project)
+    settled = ctx.board.counters(project)
+    if settled == counters.to_text():
+        return False
+    if ctx.board.busy(project) or ctx.board.wished(project):
+        return True  # an event came while we asked; the next look compares
+    index = ctx.project(project).index()
+    since = settled.rpartition(" ")[2]
+    changed = [row for row in rows if row["updated_at"] > since]
+    lost = [row["id"] for row in changed if row["id"] not in index or differs(row, index[row["id"]])]
+    explained = 0 < len(changed) < len(rows) or (bool(changed) and len(rows) == counters.tasks)
+    ctx.board.set_counters(project, counters.to_text())
+    if counters.tasks == len({*index, *lost}) and explained:
+        if lost:
+            log.warning("project %d: %d tasks changed, and no event told us", project, len(lost))
+            ctx.board.changed(project, lost)
+    else:
+        ctx.board.reconcile(project)
+    return True
+
+
+def compare_config(ctx: Context, project: int) -> None:
+    """Ask for a round if the label config has changed and no event told us."""
+    known = (ctx.store.read_json(ctx.project(project).key("config.json")) or {}).get("label_config")
+    if ctx.studio.label_config(project) != known and not ctx.board.busy(project):
+        ctx.board.request_round(project, "label config changed, and no event told us")
+
+
+def newest(ctx: Context, project: int) -> tuple[list[Row], Counters]:
+    """The tasks that were changed last, and the counters; one request."""
+    rows, tasks, annotations = ctx.studio.newest_tasks(project)
+    return rows, Counters(tasks, annotations, max(_times(rows), default="-"))
+
+
+def _times(rows: Iterable[Any]) -> Iterable[str]:
+    return (str(row.get("updated_at", "")) for row in rows)

@@ -1,0 +1,256 @@
+"""What goes wrong costs no more than itself: files, events, Redis, workers, a slow Label Studio; all parts are real."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from conftest import Backend, Backends
+from numpy.typing import NDArray
+from test_loop import Team
+
+from backend.embedded import Studio
+from backend.status import status
+
+log = logging.getLogger(__name__)
+Pictures = dict[Path, NDArray[np.uint8]]
+
+
+@pytest.fixture(scope="module")
+def team(
+    studio: Studio, redis_url: str, tmp_path_factory: pytest.TempPathFactory, pictures: Pictures
+) -> Iterator[Team]:
+    """A project with coarse and full labels, and a backend of its own."""
+    with ExitStack() as stack:
+        backend = Backends(studio, redis_url, tmp_path_factory.mktemp("harm"), stack).start(FIRSTROW_COARSE_TASKS="1")
+        team = Team(backend, dict(list(pictures.items())[:5]))
+        team.attach()
+        before = team.coarse()
+        team.segment(team.ranking()[0])
+        team.wait(before)
+        yield team
+
+
+def settle(team: Team, seconds: float = 120) -> None:
+    """Wait until nothing is left to do, and no round waits for its next try."""
+    board, until = team.backend.context.board, time.monotonic() + seconds
+    while board.busy(team.id) or board.wished(team.id) or board.redis.exists(f"firstrow:{team.id}:retry"):
+        assert time.monotonic() < until, (board.error(team.id), board.jobs(team.id), log_of(team.backend))
+        time.sleep(0.05)
+
+
+def log_of(backend: Backend) -> str:
+    """The end of the worker's log."""
+    return (backend.folder / "worker-gpu-default.log").read_text()[-4000:]
+
+
+def picture_of(team: Team) -> dict[str, Any]:
+    """All that a round leaves, as far as it does not change from one round to the next."""
+    project, store = team.project, team.project.store
+    trained = (store.read_json(project.key("model.json")) or {}).get("trained", {})
+    return {
+        "index": {r.id: (r.stage, r.version, r.size, r.error, r.coarse) for r in project.index().values()},
+        "votes": project.decided().tolist(),
+        "trained": trained,
+        "labels": {key: store.read_map(key) is not None for key in store.list(project.key("labels"))},
+        "coarse": {key: store.read_map(key) is not None for key in store.list(project.key("coarse"))},
+        "maps": {Path(key).name: store.read_map(key) is not None for key in store.list(project.key("clusters"))},
+        "ranked": sorted(team.ranking()),
+        "generations": bool(store.read_json(project.key("generations.json"))),
+        "served": sorted((store.read_json(project.key("served.json")) or {}).get("tasks", [])),
+        "shown": {task: len(answer(team, task)) > 0 for task in team.masks},
+    }
+
+
+def answer(team: Team, task: int) -> list[Any]:
+    """What `/predict` answers for a task."""
+    from backend.plugin import FirstRow
+
+    return FirstRow(team.id, where=team.backend.context).predict([{"id": task, "project": team.id}])[0]
+
+
+KINDS = [
+    "index.json", "codebook.json", "votes.json", "state.json", "served.json", "ranking.json", "generations.json",
+    "model.json", "config.json", "number.json", "curve.json", "labels/", "coarse/", "clusters/", "scores/", "models/",
+    "predictions/",
+]  # fmt: skip
+
+
+def harm(team: Team, kind: str, how: Callable[[bytes], bytes]) -> int:
+    """Damage every file of a kind; how many there were."""
+    store, prefix = team.project.store, team.project.key(kind)
+    keys = [key for key in store.list(team.project.key()) if key.startswith(prefix)]
+    for key in keys:
+        store.write(key, how(store.read(key) or b""))
+    return len(keys)
+
+
+def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes]) -> None:
+    """Damage files, cause a round, and compare what is there then."""
+    board = team.backend.context.board
+    before, number = picture_of(team), team.backend.round(team.id)
+    assert all(harm(team, kind, how) for kind in kinds)
+    board.request_round(team.id, "test", train=True)  # loads the network, so that its checkpoint is looked at
+    settle(team)
+    after = picture_of(team)
+    assert after == before, log_of(team.backend)
+    assert board.error(team.id) is None
+    assert team.backend.round(team.id) > number
+    served = team.studio.project(team.id)["model_version"]
+    assert served == team.project.state()["queue"] == f"first-row-{team.backend.round(team.id)}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_file_is_made_whole_without_a_hand(team: Team, kind: str) -> None:
+    recovered(team, [kind], lambda data: data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("how", [lambda data: b"", lambda data: bytes(len(data))], ids=["empty", "zeros"])
+def test_empty_files_and_zeros_of_every_kind_at_once(team: Team, how: Callable[[bytes], bytes]) -> None:
+    recovered(team, KINDS, how)
+
+
+def test_a_lost_event_is_made_good_within_seconds(team: Team) -> None:
+    settle(team)
+    hooks = team.studio.webhooks(team.id)
+    for hook in hooks:
+        team.studio.patch_webhook(hook["id"], is_active=False, url=hook["url"])
+    try:
+        for change in (segment, redraw, erase):
+            time.sleep(0)
+            before, began = team.backend.round(team.id), time.monotonic()
+            change(team)
+            team.backend.wait(team.id, before, 60)
+            settle(team)
+            assert time.monotonic() - began < 30
+    finally:
+        for hook in hooks:
+            team.studio.patch_webhook(hook["id"], is_active=True, url=hook["url"])
+
+
+def segment(team: Team) -> None:
+    """Annotate the first task."""
+    team.segment(team.ranking()[0])
+
+
+def full_annotation(team: Team) -> dict[str, Any]:
+    """The newest full annotation."""
+    done = max(r.annotation for r in team.project.index().values() if r.stage == "full")
+    task = next(r.id for r in team.project.index().values() if r.annotation == done)
+    return dict(team.studio.task(task, team.id)["annotations"][0])
+
+
+def redraw(team: Team) -> None:
+    """Change an annotation."""
+    annotation = full_annotation(team)
+    team.studio.update_annotation(annotation["id"], annotation["result"][:1])
+
+
+def erase(team: Team) -> None:
+    """Delete an annotation."""
+    team.studio.delete_annotation(full_annotation(team)["id"])
+
+
+def test_a_lost_change_of_the_label_config_is_noticed(team: Team) -> None:
+    settle(team)
+    hooks = team.studio.webhooks(team.id)
+    for hook in hooks:
+        team.studio.patch_webhook(hook["id"], is_active=False, url=hook["url"])
+    config = team.studio.project(team.id)["label_config"]
+    team.studio.patch_project(team.id, label_config=config.replace("<View", '<View class="new"', 1))
+    until = time.monotonic() + 40
+    while 'class="new"' not in team.project.store.read_json(team.project.key("config.json"))["label_config"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    settle(team)
+    team.studio.patch_project(team.id, label_config=config)
+    for hook in hooks:
+        team.studio.patch_webhook(hook["id"], is_active=True, url=hook["url"])
+
+
+def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> None:
+    settle(team)
+    board, before = team.backend.context.board, team.backend.round(team.id)
+    segment(team)
+    until = time.monotonic() + 30
+    while not any(job["status"] == "started" for job in board.jobs(team.id)):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    board.redis.flushdb()
+    began = time.monotonic()
+    while not status(team.backend.context, team.id)["workers"]:
+        assert time.monotonic() - began < 10, "a worker that works is there for `status`"
+        time.sleep(0.1)
+    team.backend.wait(team.id, before, 60)
+    assert time.monotonic() - began < 40
+    settle(team)
+    assert [r.stage for r in team.project.index().values()].count("full") == len(trained(team))
+
+
+def trained(team: Team) -> dict[str, str]:
+    """The labels that the model in force has learnt from."""
+    return dict((team.project.store.read_json(team.project.key("model.json")) or {})["trained"])
+
+
+STEPS = ("start_round", "prepare", "plan_round", "train", "score", "publish")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str) -> None:
+    settle(team)
+    board, before = team.backend.context.board, team.backend.round(team.id)
+    task = next(iter(team.masks))
+    wanted = label_anew(team, task)
+    if not kill_in(team, step):
+        pytest.skip(f"{step} was too quick to be caught")
+    began = time.monotonic()
+    team.backend.context.board.clear_error(team.id)
+    while team.backend.round(team.id) <= before:
+        assert time.monotonic() - began < 90, (board.jobs(team.id), log_of(team.backend))
+        time.sleep(0.05)
+    settle(team)
+    log.info("%s: next order %.1f s after the kill", step, time.monotonic() - began)
+    assert team.project.index()[task].annotation == wanted
+    assert str(task) in trained(team)
+    assert board.error(team.id) is None
+
+
+def label_anew(team: Team, task: int) -> int:
+    """Annotate a task in full, or draw it again if it has a full annotation; the annotation's id."""
+    full = list(team.studio.task(task, team.id)["annotations"])
+    result = team.annotator().full_result(task)
+    if full:
+        return int(team.studio.update_annotation(full[0]["id"], result)["id"])
+    return int(team.studio.create_annotation(task, result)["id"])
+
+
+def kill_in(team: Team, step: str, seconds: float = 60) -> bool:
+    """Kill the worker as soon as it runs a step; False if it was never caught in the act."""
+    board, until = team.backend.context.board, time.monotonic() + seconds
+    (child,) = worker_children()
+    prefix = "round" if step == "start_round" else step
+    while time.monotonic() < until:
+        if any(job.startswith(f"{prefix}-{team.id}-") for job in board.running(team.id)):
+            child.kill()
+            return True
+        if not board.busy(team.id) and not board.wished(team.id) and time.monotonic() > until - seconds + 5:
+            return False
+    return False
+
+
+def worker_children() -> list[psutil.Process]:
+    """Our workers' processes below their supervisors."""
+    everybody = psutil.Process().children(recursive=True)
+    found = []
+    for process in everybody:
+        with suppress(psutil.Error):
+            if "backend.worker" in process.cmdline():
+                found.append(process)
+    return found
