@@ -64,6 +64,8 @@ def publish_order(
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
         state["queue"] = served["queue"]
+    elif not places:  # there is nothing to serve: what Label Studio sorts by stays
+        state["queue"] = ctx.studio.project(project.id)["model_version"] or ""
     ctx.board.go_on(project.id)
     answer_for(ctx, project, state)
     if served is not None:
