@@ -37,6 +37,8 @@ COLOURS = ("#8B5A2B", "#00C853", "#2979FF", "#FFB300", "#D500F9", "#00B8D4")
 GREY = "#AAAAAA"
 #: Rows of `Classes.sets` must fit a uint8 map beside IGNORE and MIXED.
 MOST_ROWS = 254
+#: Elements inside each other; nobody needs a tenth of it.
+MOST_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def parse(
     elements = read(xml)
     coarse, fine = find_controls(elements)
     control = as_control(fine)
-    before = (recorded or {}).get("groups") or (said_groups(coarse) if coarse else None)
+    before = recorded_groups(recorded or {}) or (said_groups(coarse) if coarse else None)
     named = groups or before
     background = find_background(control.labels, named)
     was_explicit = bool((recorded or {}).get("background"))
@@ -145,6 +147,15 @@ def parse(
         check_coarse(as_control(coarse), classes)
     image, key = find_image(elements, control)
     return ProjectConfig(image, key, control, as_control(coarse) if coarse else None, classes, background, regrouped)
+
+
+def recorded_groups(recorded: Mapping[str, Any]) -> dict[str, list[str]] | None:
+    """The groups that were written down; None where there are none, or something else stands there."""
+    groups = recorded.get("groups")
+    if not isinstance(groups, dict):
+        return None
+    good = all(isinstance(of, list) and all(isinstance(name, str) for name in of) for of in groups.values())
+    return {str(name): list(of) for name, of in groups.items()} if good else None
 
 
 def heir(labels: Sequence[str], before: Mapping[str, Sequence[str]]) -> str:
@@ -247,13 +258,19 @@ def read(xml: str) -> list[Element]:
     """All elements in document order.
 
     Raises:
-        ConfigError: not well formed, or with a document type (entities could grow without end).
+        ConfigError: not well formed, nested without end, or with a document type (entities could grow without end).
     """
-    parser, source, found, inside = expat.ParserCreate("UTF-8"), xml.encode(), list[Element](), list[Element]()
+    try:
+        source = xml.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the label config has characters that are none: save it once in Label Studio") from error
+    parser, found, inside = expat.ParserCreate("UTF-8"), list[Element](), list[Element]()
     bare = [False]  # nothing came since the last start tag
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         found.append(Element(tag, attributes, parser.CurrentByteIndex, inside[-1] if inside else None))
+        if len(inside) > MOST_DEPTH:
+            raise ConfigError(f"the label config has more than {MOST_DEPTH} elements inside each other: take some away")
         for outer in inside:
             outer.within.append(found[-1])
         inside.append(found[-1])
@@ -264,7 +281,7 @@ def read(xml: str) -> list[Element]:
 
     def end(tag: str) -> None:
         here = parser.CurrentByteIndex  # of the end tag; behind an empty element such as <Label/>
-        empty = bare[0] and source[:here].endswith(b"/>")
+        empty = bare[0] and source.endswith(b"/>", 0, here)
         inside.pop().end = here if empty else source.index(b">", here) + 1
         bare[0] = False
 
