@@ -18,8 +18,9 @@ from backend.errors import SettingsError, StoreError
 from backend.store import Store
 
 PREFIX = "FIRSTROW_"
-#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start.
-OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO"}
+#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, and
+#: for how many seconds they label.
+OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SOAK"}
 #: Where the generated secret lies in the store.
 SECRET_KEY = "secret"  # noqa: S105  (its name)
 #: Names, so that reading settings loads neither torch nor scikit-learn; tests hold them to the real ones.
