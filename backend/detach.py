@@ -232,8 +232,8 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
         yield Undo(f"Leave {count} coarse labels where they are, as annotations.", list)
         return
     yield Undo(
-        f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids and times (those "
-        "that earlier releases had deleted get new ones). That they began from a prelabel of ours is forgotten.",
+        f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids and times (those that "
+        "earlier releases had deleted get new ones). That they began from a prelabel of ours is forgotten.",
         lambda: answers_back(here),
     )
 
