@@ -396,7 +396,7 @@ def open_predictions(here: Attached, sizes: Mapping[str, int]) -> Iterator[int]:
 
 
 def may_be_open(prediction: Row) -> bool:
-    """Whether an editor may have begun from a prediction of ours: an old prelabel is emptied, but its id still counts."""
+    """Whether an editor may have begun from it: an old prelabel of ours is emptied, but its id still counts."""
     return bool(prediction.get("result")) or not str(prediction.get("model_version")).startswith("first-row")
 
 
