@@ -32,7 +32,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 from urllib3.util.connection import create_connection
 
-from backend.errors import ImageFetchError
+from backend.errors import ImageFetchError, SlowHostError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -222,7 +222,7 @@ class Door(HTTPAdapter):
             if guarded
             else {"http": _WatchedPool, "https": _WatchedPoolTLS}
         )
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)  # at DEBUG it prints whole addresses
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it says of retries has whole addresses in it
         super().__init__(**more)
 
     def init_poolmanager(self, *args: Any, **more: Any) -> None:
@@ -269,7 +269,7 @@ def opened(url: str) -> Iterator[requests.Response]:
                 raise too_slow(host) from None
             # `from None`: the error's own text has the whole address
             kind = type(error).__name__
-            raise ImageFetchError(f"{host} does not answer ({kind}): is it reachable from here?") from None
+            raise SlowHostError(f"{host} does not answer ({kind}): is it reachable from here?") from None
         with answer:
             yield answer
 
@@ -308,9 +308,9 @@ def body(answer: requests.Response, limit: int) -> bytes:
     return bytes(found)
 
 
-def too_slow(host: str) -> ImageFetchError:
+def too_slow(host: str) -> SlowHostError:
     """The time was up before the file was there."""
-    return ImageFetchError(
+    return SlowHostError(
         f"{host} did not send the whole file within {SLOWEST:g} s: use a smaller image, or a faster host"
     )
 

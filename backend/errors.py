@@ -5,6 +5,7 @@ FirstRowError
 |- LabelStudioError    Label Studio did not do what was asked
 |- ConfigError         a label config that cannot be used
 |- ImageFetchError     one image cannot be had
+|  `- SlowHostError    its host does not answer in time
 |- MaskError           one region or mask cannot be read
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
@@ -44,6 +45,10 @@ class ConfigError(FirstRowError):
 
 class ImageFetchError(FirstRowError):
     """The image of one task cannot be fetched or read."""
+
+
+class SlowHostError(ImageFetchError):
+    """A host did not answer, or not within the time for one file."""
 
 
 class MaskError(FirstRowError):

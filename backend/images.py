@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -20,7 +22,7 @@ from PIL import Image
 from backend import download
 from backend.decoder import LIMIT, Decoder, resident
 from backend.download import shown, shown_host
-from backend.errors import ImageFetchError
+from backend.errors import ImageFetchError, SlowHostError
 from backend.labelstudio import LabelStudio
 from model.data import UNREADABLE, ImageError
 
@@ -36,6 +38,11 @@ CLOUD = ("s3", "gs", "azure-blob")
 FOLDERS = 64
 #: Redirects followed between allowed hosts.
 REDIRECTS = 3
+#: A host that failed so many pictures in a row for want of an answer is left alone for so many seconds: dozens of
+#: pictures that each wait to the end would use up the time of a whole job.
+PATIENCE, REST = 3, 60.0
+#: Failures in a row of hosts that did not answer, and until when they are left alone, of this process.
+SILENT: dict[str, tuple[int, float]] = {}
 
 
 class ImageCache:
@@ -124,9 +131,31 @@ def fetch(studio: LabelStudio, task: int, value: str, allowed_hosts: Collection[
     if not value:
         raise ImageFetchError("the task has no image: its data lacks the key that the label config shows")
     try:
-        return fetch_value(studio, task, value, allowed_hosts)
+        with patience(shown_host(value) or "Label Studio"):
+            return fetch_value(studio, task, value, allowed_hosts)
     except ValueError:  # of urllib, urllib3 and requests, each of which understands fewer addresses than the next
         raise ImageFetchError("the address cannot be understood: correct it in the task's data") from None
+
+
+@contextmanager
+def patience(host: str) -> Iterator[None]:
+    """Leave a host alone that has not answered lately.
+
+    Raises:
+        SlowHostError: it is left alone.
+    """
+    failures, until = SILENT.get(host, (0, 0.0))
+    if failures >= PATIENCE and time.monotonic() < until:
+        raise SlowHostError(f"{host} did not answer several times in a row: is it reachable from here?")
+    try:
+        yield
+    except SlowHostError:
+        SILENT[host] = (failures + 1, time.monotonic() + REST)
+        raise
+    except ImageFetchError:
+        SILENT.pop(host, None)  # it answered
+        raise
+    SILENT.pop(host, None)
 
 
 def fetch_value(studio: LabelStudio, task: int, value: str, allowed_hosts: Collection[str]) -> bytes:

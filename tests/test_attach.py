@@ -17,6 +17,7 @@ import requests
 from backend import app, attach
 from backend.coarse_answers import copy_of, original_of
 from backend.connection import FLAGS, SECRET_HEADER, keeper_address
+from backend.context import connect
 from backend.embedded import Studio, backend_settings, start_serve, start_studio
 from backend.enqueue import Board
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
@@ -26,6 +27,7 @@ from backend.secret import project_of, project_secret
 from backend.settings import SECRET_KEY, Settings
 from backend.steps import unreachable
 from backend.store import Store
+from backend.sync import refresh_config
 
 CONFIG = """<View>
   <!-- the team's own words stay -->
@@ -406,17 +408,41 @@ def test_a_moved_backend(
     assert state(door, project) == before
 
 
-def test_image_hosts(door: LabelStudio, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_hosts_are_the_operators_to_allow(
+    door: LabelStudio, studio: Studio, sam: Backend, tmp_path: Path
+) -> None:
+    settings = settings_for(studio, sam.url, tmp_path)
     project = door.create_project("hosts", CONFIG)["id"]
     try:
-        urls = ("http://192.168.3.4:8000/a.png", "https://1.1.1.1/b.png", f"{door.url}/data/upload/1/c.png", "s3://x/y")
+        urls = (
+            "http://192.168.3.4:8000/a.png",
+            "https://me:secret@1.1.1.1/b.png?sig=secret",
+            f"{door.url}/data/upload/1/c.png",
+            "s3://x/y",
+            "http://[::1/",
+        )
         door.import_tasks(project, [{"photo": url} for url in urls])
         todo = attach.plan(door, project, settings)
-        assert "Images will be fetched from 1.1.1.1." in todo.sentences
-        assert any(s.startswith("Images on 192.168.3.4:8000 will not be fetched") for s in todo.sentences)
+        (said,) = [s for s in todo.sentences if "will not be fetched" in s]
+        assert said.startswith("Images on 1.1.1.1, 192.168.3.4:8000 will not be fetched: nobody allowed it.")
+        assert said.endswith("FIRSTROW_ALLOWED_HOSTS=1.1.1.1,192.168.3.4:8000")
+        assert "secret" not in said
         attach.apply(todo)
-        assert attach.recorded(door, project, settings)["image_hosts"] == ["1.1.1.1"]
+        assert "image_hosts" not in attach.recorded(door, project, settings)
+        allowing = settings.model_copy(update={"allowed_hosts": ("a.example.com", "192.168.3.4")})
+        sentences = attach.plan(door, project, allowing).sentences
+        assert "Images will be fetched from 192.168.3.4:8000." in sentences
+        assert any(s.endswith("FIRSTROW_ALLOWED_HOSTS=a.example.com,192.168.3.4,1.1.1.1") for s in sentences)
+
+        # What an earlier release wrote down, or any member of the project writes there now, counts for nothing.
+        ours = attach.our_backend(door, project, settings)
+        assert ours is not None
+        note = {**ours["extra_params"]["firstrow"], "image_hosts": ["1.1.1.1", "192.168.3.4:8000"]}
+        door.patch_ml(ours["id"], **attach.credentials(settings, project), extra_params={"firstrow": note})
         assert attach.plan(door, project, settings).steps == ()
+        ctx = connect(settings)
+        refresh_config(ctx, ctx.project(project))
+        assert ctx.images(project).hosts == frozenset()
     finally:
         door.delete_project(project)
 

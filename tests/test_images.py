@@ -21,7 +21,7 @@ from PIL import Image
 
 from backend.download import Download
 from backend.errors import ImageFetchError, LabelStudioError
-from backend.images import FOLDERS, ImageCache, check_host, fetch, prune, served_path, write
+from backend.images import FOLDERS, PATIENCE, ImageCache, check_host, fetch, prune, served_path, write
 from backend.labelstudio import LabelStudio
 
 CONFIG = """<View>
@@ -280,6 +280,26 @@ def test_a_trickle_of_label_studio_is_cut_off_too(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ImageFetchError, match="within 1 s"):
             fetch(LabelStudio(f"http://127.0.0.1:{port}", "key"), 1, "/data/upload/1/a.png")
         assert time.monotonic() - began < 8
+
+
+def test_a_host_that_does_not_answer_costs_time_a_few_times(
+    door: LabelStudio, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.download.SLOWEST", 0.3)
+    monkeypatch.setattr("backend.images.REST", 1.0)
+    site.pages["/a.png"] = (200, {}, picture())
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and says nothing
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        for _ in range(PATIENCE):
+            with pytest.raises(ImageFetchError, match="within"):
+                fetch(door, 1, f"http://{host}/a.png", {host})
+        for _ in range(100):
+            with pytest.raises(ImageFetchError, match="did not answer several times in a row"):
+                fetch(door, 1, f"http://{host}/a.png", {host})
+        assert fetch(door, 1, f"http://{site.host}/a.png", {site.host}) == picture(), "other hosts are asked"
+        time.sleep(1.1)
+        with pytest.raises(ImageFetchError, match="within"):
+            fetch(door, 1, f"http://{host}/a.png", {host})
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,10 @@ from torch import nn
 
 from model import field, network, training
 from model.classes import IGNORE, Classes
-from model.data import Folder, Pair
+from model.data import Folder, ImageError, Pair, Sample
 from model.metrics import iou
 from model.network import SHIPPED, Network
-from model.training import Recipe, batches, evaluate, row_weights, train, view_size
+from model.training import Recipe, batches, check_finite, evaluate, row_weights, train, view_size
 
 CLASSES = Classes(("soil", "crop", "weed"), ("background", "vegetation"), ((0,), (1, 2)))
 SHORT = Recipe(steps=3, batch=2, view=64)
@@ -178,3 +180,35 @@ def test_training_on_a_folder(start: Network, tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     pairs = [Pair(folder.image(name, 96), folder.mask(name, 96)) for name in folder.names("train")]
     assert evaluate(train(start, pairs, [], folder.classes, SHORT, "cpu"), pairs, folder.classes, "cpu").shape == (3, 3)
+
+
+class Broken:
+    """An image that cannot be read."""
+
+    def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        raise ImageError("it is gone")
+
+
+def test_images_that_cannot_be_read_are_left_out(start: Network) -> None:
+    mixed: list[Sample] = [Broken(), flat(1), Broken(), Broken(), flat(0)]
+    source = batches(mixed, [], CLASSES, Recipe(view=64), np.random.default_rng(0))
+    assert {row for _ in range(5) for row in kinds(next(source)[1])} == {0, 1}
+    with pytest.raises(ImageError, match="it is gone"):
+        train(start, [Broken(), Broken()], [], CLASSES, SHORT, "cpu")
+
+
+def test_a_training_that_diverges_gives_no_network(start: Network) -> None:
+    pairs = [flat(0), flat(1)]
+    with pytest.raises(FloatingPointError, match="the loss is nan after 2 steps"):
+        train(start, pairs, [], CLASSES, replace(SHORT, head_rate=1e30), "cpu")
+    check_finite(start)
+    poisoned = copy.deepcopy(start)
+    with torch.no_grad():
+        next(poisoned.parameters()).fill_(float("nan"))
+    check_finite(start)
+    with pytest.raises(FloatingPointError, match=r"of the network is not finite: lower the learning rates"):
+        check_finite(poisoned)
+    with pytest.raises(FloatingPointError, match=r"of the network is not finite: lower the learning rates"):
+        check_finite(poisoned)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 1 steps"):
+        train(poisoned, pairs, [], CLASSES, SHORT, "cpu")
