@@ -334,10 +334,12 @@ class Board:
     def running(self, project: int) -> list[str]:
         """Ids of the project's jobs that a worker has in hand, but for the one that asks."""
         me = get_current_job()
-        ids = [
-            job for name in (GPU, DEFAULT) for job in self.queue(name).started_job_registry.get_job_ids(cleanup=False)
-        ]
-        return [job for job in ids if _of(job) == project and not (me and me.id == job)]
+        return [job for job in self.in_hand() if _of(job) == project and not (me and me.id == job)]
+
+    def in_hand(self) -> list[str]:
+        """Ids of all jobs that a worker has in hand."""
+        started = [self.queue(name).started_job_registry for name in (GPU, DEFAULT)]
+        return [job for registry in started for job in registry.get_job_ids(cleanup=False)]
 
     def _cancel(self, project: int) -> None:
         for name in (GPU, DEFAULT):
