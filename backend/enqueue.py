@@ -221,6 +221,8 @@ class Board:
             return False
         if not self.redis.exists(_key(project, "retry")):
             self.redis.delete(_key(project, "tries"))
+            if (self.error(project) or {}).get("passing"):
+                self.clear_error(project)
         if self.wished(project):
             self.request_round(project, "changes during the last round")
         return True
@@ -546,9 +548,17 @@ class Board:
         """Replace the project's small state."""
         self.redis.set(_key(project, "state"), json.dumps(state))
 
-    def fail(self, project: int, step: str, message: str) -> None:
-        """Leave the reason of a failure where `status` looks."""
-        self.redis.set(_key(project, "error"), json.dumps({"step": step, "message": message, "time": time.time()}))
+    def fail(self, project: int, step: str, message: str, passing: bool = False) -> None:
+        """Leave the reason of a failure where `status` looks.
+
+        Args:
+            project: Label Studio's project id.
+            step: what failed.
+            message: why, and what to do.
+            passing: whether it is over once the round ends well: a job that was run again.
+        """
+        error = {"step": step, "message": message, "time": time.time()} | ({"passing": True} if passing else {})
+        self.redis.set(_key(project, "error"), json.dumps(error))
 
     def error(self, project: int) -> dict[str, Any] | None:
         """The last failure: step, message, time; None after a round that went well."""

@@ -210,10 +210,16 @@ def reconcile(ctx: Context, project: Project) -> None:
     ctx.board.remember(project.id, read | gone | (set(found) - set(index)))
     if ctx.board.rescue(project.id):
         return
-    if read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
+    moved = read or gone or set(found) != set(index) or ctx.board.wished(project.id)
+    if moved or not (ctx.board.busy(project.id) or whole(ctx, project, index, config)):
         ctx.board.request_round(project.id, "reconcile")
     elif unfinished(project) and not ctx.board.waiting():
         ctx.board.enqueue("clean", project.id)
+
+
+def whole(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
+    """Whether the order in force was made from just what we know, and nothing it goes by is missing from the store."""
+    return not unread(project, index) and not unready(ctx, project, index) and in_force(ctx, project, index, config)
 
 
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:

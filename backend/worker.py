@@ -21,7 +21,7 @@ from typing import Any
 
 from redis import RedisError
 from rq import Queue, SimpleWorker
-from rq.exceptions import StopRequested
+from rq.exceptions import AbandonedJobError, StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -116,7 +116,8 @@ class ResidentWorker(SimpleWorker):
         """Leave the reason of a failure where `status` looks; also called for a job whose worker died."""
         project = job.meta.get("project")
         if isinstance(project, int):
-            self.board.fail(project, str(job.meta.get("step", "")), _reason(error))
+            died = isinstance(error, AbandonedJobError) and job.should_retry
+            self.board.fail(project, str(job.meta.get("step", "")), _reason(error), passing=died)
         return True
 
     def run_maintenance_tasks(self) -> None:
@@ -176,7 +177,7 @@ class ResidentWorker(SimpleWorker):
 
 def _reason(error: BaseException | None) -> str:
     kind = type(error).__name__
-    if kind == "AbandonedJobError":
+    if isinstance(error, AbandonedJobError):
         return "its worker died (memory, a crash, a restart); the job is tried again, at most twice"
     return str(error) if isinstance(error, FirstRowError) else f"{kind}: {error}"
 
