@@ -244,6 +244,8 @@ class Board:
             return False
         if not self.redis.exists(_key(project, "retry")):
             self.redis.delete(_key(project, "tries"))
+            if (self.error(project) or {}).get("passing"):
+                self.clear_error(project)
         if self.wished(project):
             self.request_round(project, "changes during the last round")
         return True
@@ -357,10 +359,12 @@ class Board:
     def running(self, project: int) -> list[str]:
         """Ids of the project's jobs that a worker has in hand, but for the one that asks."""
         me = get_current_job()
-        ids = [
-            job for name in (GPU, DEFAULT) for job in self.queue(name).started_job_registry.get_job_ids(cleanup=False)
-        ]
-        return [job for job in ids if _of(job) == project and not (me and me.id == job)]
+        return [job for job in self.in_hand() if _of(job) == project and not (me and me.id == job)]
+
+    def in_hand(self) -> list[str]:
+        """Ids of all jobs that a worker has in hand."""
+        started = [self.queue(name).started_job_registry for name in (GPU, DEFAULT)]
+        return [job for registry in started for job in registry.get_job_ids(cleanup=False)]
 
     def _cancel(self, project: int) -> None:
         for name in (GPU, DEFAULT):
@@ -567,9 +571,17 @@ class Board:
         """Replace the project's small state."""
         self.redis.set(_key(project, "state"), json.dumps(state))
 
-    def fail(self, project: int, step: str, message: str) -> None:
-        """Leave the reason of a failure where `status` looks."""
-        self.redis.set(_key(project, "error"), json.dumps({"step": step, "message": message, "time": time.time()}))
+    def fail(self, project: int, step: str, message: str, passing: bool = False) -> None:
+        """Leave the reason of a failure where `status` looks.
+
+        Args:
+            project: Label Studio's project id.
+            step: what failed.
+            message: why, and what to do.
+            passing: whether it is over once the round ends well: a job that was run again.
+        """
+        error = {"step": step, "message": message, "time": time.time()} | ({"passing": True} if passing else {})
+        self.redis.set(_key(project, "error"), json.dumps(error))
 
     def error(self, project: int) -> dict[str, Any] | None:
         """The last failure: step, message, time; None after a round that went well."""

@@ -218,7 +218,8 @@ def reconcile(ctx: Context, project: Project) -> None:
     if ctx.board.rescue(project.id):
         return
     changed = config.meaning != project.index_meaning() or bool(due_tasks(found))
-    if changed or read or gone or set(found) != set(index) or ctx.board.wished(project.id) or not project.state():
+    moved = changed or read or gone or set(found) != set(index) or ctx.board.wished(project.id)
+    if moved or not (ctx.board.busy(project.id) or whole(ctx, project, index, config)):
         ctx.board.request_round(project.id, "reconcile")
     elif unfinished(project) and not ctx.board.waiting():
         ctx.board.enqueue("clean", project.id)
@@ -230,8 +231,13 @@ def check_config(ctx: Context, project: Project) -> None:
     Raises:
         StartAnew: it is not.
     """
-    if digest(ctx.studio.project(project.id)["label_config"]) != digest(project.label_config()):
+    if digest(ctx.studio.label_config(project.id)) != digest(project.label_config()):
         raise StartAnew("the label config was changed during the round: it starts anew")
+
+
+def whole(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
+    """Whether the order in force was made from just what we know, and nothing it goes by is missing from the store."""
+    return not unread(project, index) and not unready(ctx, project, index) and in_force(ctx, project, index, config)
 
 
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from redis import RedisError
 
 from backend.context import Context
+from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError, LabelStudioError
 from backend.labelstudio import Row
 from backend.sync import differs
@@ -27,10 +28,12 @@ log = logging.getLogger(__name__)
 TICK, RESCUE = 1.0, 5.0
 #: Seconds between two looks at a project's counters in Label Studio; where nothing moves each is later by a quarter.
 SOON, LATE = 3.0, 8.0
-#: ... but looking takes at most this share of Label Studio's time, and of that of one that is down or slow.
+#: ... but looking takes at most this share of Label Studio's time (and of ours), also of one that is down or slow.
 SHARE, LATEST = 0.05, 60.0
 
 
+#: Key of the jobs that `return_lost` found missing at its last look.
+MISSING = "firstrow:missing"
 #: Seconds between two looks at a project's label config.
 CONFIG = 10.0
 
@@ -66,7 +69,7 @@ class Watch:
         self.ctx, self.board, self.sign_in = ctx, ctx.board, sign_in
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self.rescued = 0.0
+        self.rescue_at = 0.0
 
     def start(self) -> None:
         """Have every known project compared with Label Studio once, then look around in a thread."""
@@ -103,10 +106,12 @@ class Watch:
         projects = [project for project in self.board.projects() if not self.board.stopped(project)]
         for project in projects:
             self.board.retry_due(project)
-        if time.monotonic() - self.rescued > RESCUE:
-            self.rescued = time.monotonic()
+        if time.monotonic() > self.rescue_at:
+            began = time.monotonic()
+            return_lost(self.board)
             for project in projects:
                 self.board.rescue(project)
+            self.rescue_at = time.monotonic() + max(RESCUE, (time.monotonic() - began) / SHARE)
         for project in projects:
             if self.done.is_set():
                 return
@@ -129,6 +134,26 @@ class Watch:
             return
         least = min(LATEST, (time.monotonic() - began) / SHARE)
         self.board.count_later(project, max(SOON, least), max(LATE, least), moved)
+
+
+def return_lost(board: Board) -> list[str]:
+    """Put back jobs that Redis handed to a machine which was dead by then: they wait, but in no queue.
+
+    Returns:
+        The ids of jobs found so twice in a row; at the first look a worker may just be taking one up.
+    """
+    listed = {job for name in (GPU, DEFAULT) for job in board.queue(name).job_ids} | set(board.in_hand())
+    queued = [job for project in board.projects() for job in board.jobs(project) if job["status"] == "queued"]
+    missing = {job["id"]: job["queue"] for job in queued if job["id"] not in listed}
+    before: Any = board.redis.smembers(MISSING)
+    lost = [job for job in missing if job.encode() in before]
+    for job in lost:
+        log.warning("%s: was lost with its machine; queued again", job)
+        board.queue(missing[job]).push_job_id(job)
+    board.redis.delete(MISSING)
+    if fresh := missing.keys() - lost:
+        board.redis.sadd(MISSING, *fresh)
+    return lost
 
 
 def recover(ctx: Context) -> None:

@@ -1,7 +1,7 @@
 """Runs jobs: a resident rq worker, so that a network is loaded once and not per job.
 
 A job whose worker died is taken up again: at once when supervisor.py restarted the worker, within `SILENCE + TICK`
-seconds by any other one.
+seconds by any other one. A thread (watch.py) looks around meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from redis import RedisError
 from rq import Queue, SimpleWorker
-from rq.exceptions import StopRequested
+from rq.exceptions import AbandonedJobError, StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -39,8 +39,6 @@ log = logging.getLogger("backend.worker")  # run as a module, its __name__ is an
 #: Seconds: between heartbeats of a running job; without one a job counts as abandoned; between looks around.
 BEAT, SILENCE, TICK = 10, 60, 15
 QUEUES = (GPU, DEFAULT)
-#: Key of the jobs that `return_lost` found missing at its last look.
-MISSING = "firstrow:missing"
 
 
 class ResidentWorker(SimpleWorker):
@@ -118,7 +116,8 @@ class ResidentWorker(SimpleWorker):
         """Leave the reason of a failure where `status` looks; also called for a job whose worker died."""
         project = job.meta.get("project")
         if isinstance(project, int):
-            self.board.fail(project, str(job.meta.get("step", "")), _reason(error))
+            died = isinstance(error, AbandonedJobError) and job.should_retry
+            self.board.fail(project, str(job.meta.get("step", "")), _reason(error), passing=died)
         return True
 
     def run_maintenance_tasks(self) -> None:
@@ -131,7 +130,6 @@ class ResidentWorker(SimpleWorker):
             log.error("a job in Redis cannot be read: %s: %s", type(error).__name__, error)
         self.board.trim_failures()
         if self.board.due(self.reconcile):
-            return_lost(self.board)
             for project in self.board.projects():
                 self.board.reconcile(project)
 
@@ -179,7 +177,7 @@ class ResidentWorker(SimpleWorker):
 
 def _reason(error: BaseException | None) -> str:
     kind = type(error).__name__
-    if kind == "AbandonedJobError":
+    if isinstance(error, AbandonedJobError):
         return "its worker died (memory, a crash, a restart); the job is tried again, at most twice"
     return str(error) if isinstance(error, FirstRowError) else f"{kind}: {error}"
 
@@ -206,26 +204,6 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     finally:
         watch.end()
     return 0 if worker._shutdown_requested_date else 1
-
-
-def return_lost(board: Board) -> list[str]:
-    """Put back jobs that Redis handed to a machine which was dead by then: they wait, but in no queue.
-
-    Returns:
-        The ids of jobs found so twice in a row; at the first look a worker may just be taking one up.
-    """
-    listed = {job for name in QUEUES for job in board.queue(name).job_ids}
-    queued = [job for project in board.projects() for job in board.jobs(project) if job["status"] == "queued"]
-    missing = {job["id"]: job["queue"] for job in queued if job["id"] not in listed}
-    before: Any = board.redis.smembers(MISSING)
-    lost = [job for job in missing if job.encode() in before]
-    for job in lost:
-        log.warning("%s: was lost with its machine; queued again", job)
-        board.queue(missing[job]).push_job_id(job)
-    board.redis.delete(MISSING)
-    if fresh := missing.keys() - lost:
-        board.redis.sadd(MISSING, *fresh)
-    return lost
 
 
 def alive(board: Board) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,7 +210,9 @@ def trained(team: Team) -> dict[str, str]:
     return dict((team.project.store.read_json(team.project.key("model.json")) or {})["trained"])
 
 
-STEPS = ("start_round", "prepare", "plan_round", "train", "score", "publish")
+#: Steps in which a worker is killed: all in a long run (FIRSTROW_SOAK), else one that reads and one that writes.
+ALL_STEPS = ("start_round", "prepare", "plan_round", "train", "score", "publish")
+STEPS = ALL_STEPS if "FIRSTROW_SOAK" in os.environ else ("prepare", "publish")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -272,11 +275,15 @@ class Slow(BaseHTTPRequestHandler):
     target: ClassVar[str] = ""
     delay: ClassVar[float] = 0.0
     asked: ClassVar[list[str]] = []
+    refused: ClassVar[str] = ""
 
     def answer(self) -> None:
         """Pass one request on."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.asked.append(f"{self.command} {self.path}")
+        if self.refused and self.asked[-1].startswith(self.refused):
+            self.send_error(502)
+            return
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
         url = self.target + self.path
         given = requests.request(self.command, url, data=body, headers=headers, timeout=60, allow_redirects=False)
@@ -296,31 +303,72 @@ class Slow(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture
-def slow(studio: Studio) -> Iterator[str]:
-    """The address of a Label Studio that is as slow as `Slow.delay` says."""
-    Slow.target, Slow.delay = studio.url, 0.0
+@pytest.fixture(scope="module")
+def slow(
+    studio: Studio, redis_url: str, tmp_path_factory: pytest.TempPathFactory, pictures: Pictures
+) -> Iterator[Team]:
+    """A project whose backend finds Label Studio as slow, and as unwilling, as `Slow` says; we ourselves do not."""
+    Slow.target = studio.url
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    with ExitStack() as stack:
+        url = f"http://127.0.0.1:{server.server_port}"
+        backend = Backends(studio, redis_url, tmp_path_factory.mktemp("slow"), stack).start(
+            FIRSTROW_COARSE_TASKS="0", LABEL_STUDIO_URL=url
+        )
+        backend.context = replace(backend.context, studio=LabelStudio(studio.url, studio.token))
+        team = Team(backend, dict(list(pictures.items())[:4]))
+        team.attach()
+        yield team
     server.shutdown()
     server.server_close()
 
 
-def test_orders_come_though_every_answer_takes_two_seconds(
-    make_backend: Callable[..., Backend], slow: str, label_studio: LabelStudio, pictures: Pictures
-) -> None:
-    backend = make_backend(FIRSTROW_COARSE_TASKS="0", LABEL_STUDIO_URL=slow)
-    backend.context = replace(backend.context, studio=label_studio)
-    team = Team(backend, dict(list(pictures.items())[:4]))
-    before = team.attach()
-    Slow.delay = 2.0
+def test_orders_come_though_every_answer_takes_two_seconds(slow: Team) -> None:
+    settle(slow)
+    before, began = slow.backend.round(slow.id), time.monotonic()
     Slow.asked.clear()
-    began = time.monotonic()
-    segment(team)
-    team.backend.wait(team.id, before, 240)
+    Slow.delay = 2.0
+    segment(slow)
+    slow.backend.wait(slow.id, before, 240)
+    Slow.delay = 0.0
     log.info("next order after %.1f s and %d requests of 2 s", time.monotonic() - began, len(Slow.asked))
-    assert backend.context.board.error(team.id) is None
-    served = label_studio.next_task(team.id)
+    assert slow.backend.context.board.error(slow.id) is None
+    served = slow.studio.next_task(slow.id)
     assert served is not None
-    assert served["id"] == team.ranking()[0]
+    assert served["id"] == slow.ranking()[0]
+
+
+def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slow: Team) -> None:
+    settle(slow, 240)
+    board, before = slow.backend.context.board, slow.project.state()
+    Slow.refused = f"PATCH /api/projects/{slow.id}/"
+    segment(slow)
+    until = time.monotonic() + 60
+    while (board.error(slow.id) or {}).get("step") != "publish":
+        assert time.monotonic() < until, log_of(slow.backend)
+        time.sleep(0.05)
+    assert slow.project.state() == before
+    assert board.state(slow.id)["round"] == before["round"]
+    assert slow.studio.project(slow.id)["model_version"] == before["queue"]
+    Slow.refused = ""
+    settle(slow)
+    state = slow.project.state()
+    assert state["round"] >= before["round"] + 2, "the number of the round that failed is not used again"
+    assert slow.studio.project(slow.id)["model_version"] == state["queue"]
+    assert board.error(slow.id) is None
+
+
+def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
+    settle(slow)
+    before = slow.backend.round(slow.id)
+    Slow.refused = "PATCH /api/ml/"
+    segment(slow)
+    slow.backend.wait(slow.id, before, 60)
+    until = time.monotonic() + 60
+    while "cleaning up is put off" not in log_of(slow.backend):
+        assert time.monotonic() < until, log_of(slow.backend)
+        time.sleep(0.05)
+    Slow.refused = ""
+    assert slow.backend.context.board.error(slow.id) is None
+    assert not slow.backend.context.board.wished(slow.id)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from backend import enqueue
 from backend.enqueue import PAUSES, Board
 from backend.errors import RoundOver
 
@@ -142,3 +143,32 @@ def test_a_reconcile_is_queued_once_and_again_when_its_job_is_gone(board: Board)
     job.delete()
     board.reconcile(7)
     assert len(board.queue("default").job_ids) == 1
+
+
+def test_failed_jobs_are_kept_up_to_a_number(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enqueue, "MOST_FAILURES", 3)
+    registry = board.queue("default").failed_job_registry
+    for number in range(5):
+        job = board.enqueue("clean", 7)
+        registry.add(job, ttl=100 + number)
+    board.trim_failures()
+    kept = [job.decode() for job in board.redis.zrange(registry.key, 0, -1)]
+    assert len(kept) == 3
+    assert kept[-1] == job.id
+    assert all(board.job(name) for name in kept)
+    assert len(list(board.redis.scan_iter(match="rq:job:*"))) == 3
+
+
+def test_an_error_that_has_passed_is_gone_when_its_round_ends_well(board: Board) -> None:
+    for passing in (True, False):
+        _, number = begun(board)
+        board.fail(7, "train", "its worker died", passing=passing)
+        assert board.finish(7, number)
+        assert (board.error(7) is None) is passing
+
+
+def test_a_round_is_tried_again_once_whatever_of_it_failed(board: Board) -> None:
+    begun(board)
+    for _ in range(3):
+        board.retry_later(7)
+    assert board.redis.get("firstrow:7:tries") == b"1"
