@@ -20,6 +20,7 @@ from backend.attach import apply, plan
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest, original_of
 from backend.connection import keeper_address
+from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
 from backend.publish import reopen, set_aside
@@ -258,6 +259,37 @@ def test_a_slip_of_a_key_leaves_a_cluster_a_vote(share_backend: Share, pictures:
 
 
 # Editors that are open
+
+
+def test_no_open_editor_loses_its_work_by_a_new_order_or_by_cleaning_up(
+    make_backend: Callable[..., Backend], make_user: Callable[[str], LabelStudio], pictures: Pictures
+) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    before = team.wait(before)
+    people = [make_user(name) for name in ("anna", "ben", "chi")]
+    opened = [task for person in people if (task := person.next_task(team.id))]
+    begun = [{"parent_prediction": (shown_prediction(task) or {})["id"]} for task in opened]
+    [anna, ben, chi], [one, two, three] = people, [int(task["id"]) for task in opened]
+    result = {task: team.annotator().full_result(task) for task in (one, two, three)}
+    draft = anna.http.call("POST", f"/api/tasks/{one}/drafts", body={"result": result[one], "lead_time": 3, **begun[0]})
+    early = ben.create_annotation(two, result[two], **begun[1])
+    before = team.wait(before)  # a new order
+    team.segment(next(task for task in team.ranking() if task not in (one, two, three)))
+    team.wait(before)
+    history = team.project.store.read_json(team.project.key("generations.json"))
+    for entry in history.values():
+        entry["published"] -= KEEP_ORDERS + 60
+    team.project.store.write_json(team.project.key("generations.json"), history)
+    clean_generations(team.backend.context, team.project)
+    anna.http.call("PATCH", f"/api/drafts/{draft['id']}/", body={"result": result[one], "lead_time": 4})
+    anna.create_annotation(one, result[one], draft_id=draft["id"], **begun[0])
+    ben.update_annotation(early["id"], result[two][:1])
+    chi.create_annotation(three, result[three], was_cancelled=True, **begun[2])  # a skip keeps what was drawn
+    made = annotations(team)
+    assert made[early["id"]]["result"] == result[two][:1]
+    assert sorted(row["task"] for row in made.values() if row["task"] in (one, two, three)) == sorted([one, two, three])
 
 
 def test_no_open_editor_loses_its_work_by_a_detach(
