@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from werkzeug.exceptions import ServiceUnavailable
 
 from backend import attach
 from backend.admission import LARGEST, REFUSED, WITH
+from backend.app import Manager
 from backend.connection import SECRET_HEADER
+from backend.context import connect
 from backend.embedded import Studio, free_port, start_serve
 from backend.enqueue import Board
 from backend.labelstudio import LabelStudio
-from backend.plugin import NO_VERSION
+from backend.plugin import CHUNK, NO_VERSION
 from backend.project import Project, TaskRecord
 from backend.secret import project_secret
 from backend.settings import Settings
@@ -316,6 +319,17 @@ def test_large_requests_are_taken(served: Served) -> None:
     answer = served.post("/webhook", {**EVENT, "annotation": {"id": 1, "task": 31, **masks}}, SECRET)
     assert answer.status_code == 201
     assert LARGEST >= 250 << 20
+
+
+def test_few_requests_for_many_tasks_are_answered_at_once(tmp_path: Path, redis_url: str) -> None:
+    manager = Manager(connect(Settings.read(settings(tmp_path, redis_url))))
+    with manager._place(CHUNK + 1), manager._place(CHUNK + 1):
+        with pytest.raises(ServiceUnavailable, match="ask again"), manager._place(CHUNK + 1):
+            pass
+        with manager._place(CHUNK), manager._place(1):  # as Label Studio asks for the task that it serves
+            pass
+    with manager._place(CHUNK + 1):
+        pass
 
 
 def test_what_is_too_large_is_refused_unread(served: Served) -> None:
