@@ -46,13 +46,21 @@ class GuardedJob(Job):
         """The function to call.
 
         Raises:
-            Refused: this job is none of ours; nothing was imported, and it is not tried again.
+            Refused: this job is none of ours; nothing was imported.
+        """
+        self.check()
+        return super().func
+
+    def check(self) -> None:
+        """Raise if this job is none of ours; it is not tried again.
+
+        Raises:
+            Refused: says why.
         """
         if reason := self.fault():
             self.retries_left = 0
             self.repeats_left = 0
             raise Refused(f"job {self.id} was refused: {reason}; is Redis open to others?")
-        return super().func
 
     def fault(self) -> str:
         """Why this job is none of ours; empty when it is."""

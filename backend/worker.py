@@ -30,7 +30,7 @@ from rq.worker_registration import REDIS_WORKER_KEYS, register
 from backend.context import connect
 from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError
-from backend.guard import ALLOWED, Kinds, guarded
+from backend.guard import ALLOWED, GuardedJob, Kinds, guarded
 from backend.settings import Settings
 from backend.watch import Watch
 
@@ -100,6 +100,16 @@ class ResidentWorker(SimpleWorker):
             good = self.perform_job(job, queue, execution)
         self.set_state("idle")
         log.info("%s: %s after %.1f s", name, "done" if good else "failed", time.monotonic() - start)
+
+    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
+        """Have a job that is none of ours fail before anything of it is looked at.
+
+        Raises:
+            Refused: it is none of ours.
+        """
+        if isinstance(job, GuardedJob):
+            job.check()
+        super().prepare_job_execution(job, remove_from_intermediate_queue)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
         """Seconds after which a silent worker counts as dead; rq's would be the job's timeout."""

@@ -20,7 +20,7 @@ from redis import RedisError
 from rq import Retry
 from rq.job import Job
 
-from backend import supervisor, worker
+from backend import supervisor, watch, worker
 from backend.children import child
 from backend.embedded import start_redis, start_worker
 from backend.enqueue import Board
@@ -337,10 +337,10 @@ def test_job_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
     board.register(7)
     lost, waiting = board.enqueue("start_round", 7, "a"), board.enqueue("start_round", 7, "b")
     assert board.redis.lpop(board.queue("default").key) == lost.id.encode()  # as a worker does that dies right then
-    assert worker.return_lost(board) == []
-    assert worker.return_lost(board) == [lost.id]
+    assert watch.return_lost(board) == []
+    assert watch.return_lost(board) == [lost.id]
     assert board.queue("default").job_ids == [waiting.id, lost.id]
-    assert worker.return_lost(board) == []
+    assert watch.return_lost(board) == []
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
