@@ -232,8 +232,8 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
         yield Undo(f"Leave {count} coarse labels where they are, as annotations.", list)
         return
     yield Undo(
-        f"Give the coarse labels of {aside} tasks back to their authors, as annotations; those that this release set "
-        "aside keep their ids and times.",
+        f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids and times (what "
+        "earlier releases had deleted gets new ones). That they began from a prelabel of ours is forgotten.",
         lambda: answers_back(here),
     )
 
@@ -392,7 +392,12 @@ def open_predictions(here: Attached, sizes: Mapping[str, int]) -> Iterator[int]:
         if not task.get("is_labeled"):
             rows = [row for row in task.get("predictions") or [] if row.get("model_version") in sizes]
             if any(str(row.get("created_at", "")) >= since.strftime("%Y-%m-%dT%H:%M:%S") for row in rows):
-                yield from (int(row["id"]) for row in rows if row.get("result"))
+                yield from (int(row["id"]) for row in rows if may_be_open(row))
+
+
+def may_be_open(prediction: Row) -> bool:
+    """Whether an editor may have begun from it: an old prelabel of ours is emptied, but its id still counts."""
+    return bool(prediction.get("result")) or not str(prediction.get("model_version")).startswith("first-row")
 
 
 def park(here: Attached, predictions: Sequence[int]) -> list[str]:

@@ -274,12 +274,20 @@ class Board:
         if heals:
             self.retry_later(project)
 
-    def retry_later(self, project: int) -> None:
-        """Have another round started after a pause, each time a longer one; in the end the reconcile must do."""
+    def retry_later(self, project: int, first: float = PAUSES[0]) -> None:
+        """Have another round started after a pause, each time a longer one; in the end the reconcile must do.
+
+        Args:
+            project: Label Studio's project id.
+            first: seconds of the first pause.
+        """
+        if self.redis.exists(_key(project, "retry")):
+            return  # a round is tried again once, whatever of it failed
         tries = int(self.redis.incr(_key(project, "tries")))
         if tries <= len(PAUSES):
-            log.warning("project %d: tried again in %d s", project, PAUSES[tries - 1])
-            self.redis.set(_key(project, "retry"), time.time() + PAUSES[tries - 1])
+            pause = (first, *PAUSES[1:])[tries - 1]
+            log.warning("project %d: tried again in %g s", project, pause)
+            self.redis.set(_key(project, "retry"), time.time() + pause)
 
     def retry_due(self, project: int) -> bool:
         """Start the round whose pause is over; returns whether there was one."""

@@ -2,11 +2,13 @@
 
 Label Studio's editor submits an annotation with the id of the prediction it started from, and refuses the annotation
 when that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the
-head's, and what was fetched for a served task) by days, the many others by as long as a task may be open.
+head's, and what was fetched for a served task) by days, the many others by as long as a task may be open. What the
+editor needs of them is their id alone: after a while they are emptied and gathered under one version for some hours.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +16,10 @@ from typing import Any
 from backend.connection import OURS, credentials, our_backend
 from backend.context import Context
 from backend.enqueue import progress
+from backend.errors import LabelStudioError
 from backend.project import HEAD, Project
+
+log = logging.getLogger(__name__)
 
 #: Rank predictions, and versions that `/setup` names, start like this and end in the round's number.
 QUEUE, VERSION = "first-row", "seg"
@@ -26,6 +31,8 @@ KEEP_PRELABELS = 2 * 24 * 3600
 KEEP_ORDERS = 3600
 #: ... but no more of them than this, and no more predictions in all.
 MOST_ORDERS, MOST_PREDICTIONS = 20, 50_000
+#: Seconds for which old prelabels are gathered under one version, so that versions do not grow with orders.
+GATHER = 6 * 3600
 
 
 def queue_name(number: int) -> str:
@@ -61,6 +68,15 @@ def clean_generations(ctx: Context, project: Project) -> None:
     Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
     name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
     """
+    try:
+        clean_versions(ctx, project)
+    except LabelStudioError as error:
+        log.warning("project %d: old predictions stay for now: %s", project.id, error)
+    take_name(ctx, project)
+
+
+def clean_versions(ctx: Context, project: Project) -> None:
+    """Delete the versions that may go, and gather old prelabels; stops where a job waits."""
     state, known = project.state(), history(project)
     current = int(state.get("round", 0))
     mine = set(project.extra().get("before", {}).get("versions", []))
@@ -71,13 +87,18 @@ def clean_generations(ctx: Context, project: Project) -> None:
     old = {v: number for v, number in rounds.items() if number < current and v != state.get("queue")}
     for version in expired(old, versions, known):
         entry = known[str(old[version])]
-        release_head(ctx, project, version, entry["head"])
+        if ctx.board.waiting():
+            break
+        if version.startswith(QUEUE):  # the head's prelabels outlive their order
+            gather(ctx, project, version, entry["head"], known)
         if not remove(ctx, project, version, versions[version], entry):
             break
+    for version in [] if ctx.board.waiting() else crowded(old, known, buckets(project)):
+        gather(ctx, project, version, sorted(ctx.studio.tasks_with_version(project.id, version)), known)
+        ctx.studio.delete_version(project.id, version)
     left = {number for version, number in rounds.items() if version in ctx.studio.versions(project.id)}
     kept = {number: entry for number, entry in known.items() if int(number) in left | {current}}
     project.store.write_json(project.key("generations.json"), kept)
-    take_name(ctx, project)
 
 
 def unfinished(project: Project) -> bool:
@@ -138,23 +159,56 @@ def expired(old: Mapping[str, int], sizes: Mapping[str, int], known: Mapping[str
     return sorted(gone, key=lambda version: old[version])
 
 
-def release_head(ctx: Context, project: Project, version: str, head: Sequence[int]) -> None:
-    """Have the head's prelabels outlive their order: they move to the version of served prelabels, ids and all."""
-    if not version.startswith(QUEUE):
+def crowded(old: Mapping[str, int], known: Mapping[str, Any], gathered: Mapping[str, int]) -> list[str]:
+    """Versions of prelabels to be gathered, the oldest first: as old as orders that go, or more of them than those.
+
+    Args:
+        old: round of each superseded version.
+        known: publishing time by round.
+        gathered: rounds under whose version prelabels are gathered.
+    """
+    prelabels = sorted((v for v in old if not v.startswith(QUEUE)), key=lambda version: -old[version])
+    single = [version for version in prelabels if old[version] not in gathered.values()]
+    age = {version: time.time() - known[str(old[version])]["published"] for version in single}
+    return [v for n, v in enumerate(single, 1) if n > MOST_ORDERS or KEEP_ORDERS < age[v] <= KEEP_PRELABELS][::-1]
+
+
+def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], known: dict[str, Any]) -> None:
+    """Have prelabels outlive their version: they move, ids and all, to the one under which this time's are gathered."""
+    later = f"{VERSION}-{bucket(project, int(version.rpartition('-')[2]), known)}"
+    if later == version:
         return
-    later = f"{VERSION}-{version.rpartition('-')[2]}"
-    for task in ctx.studio.full_tasks(project.id, head):
+    for task in ctx.studio.full_tasks(project.id, tasks):
         if task.get("annotations"):
             continue  # submitted: the annotation does not need it any more
         for prediction in task.get("predictions") or []:
             if prediction.get("model_version") == version:
-                ctx.studio.patch_prediction(int(prediction["id"]), model_version=later)
+                ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
+
+
+def buckets(project: Project) -> dict[str, int]:
+    """Rounds under whose version prelabels are gathered, by time."""
+    return dict(project.store.read_json(project.key("gathered.json")) or {})
+
+
+def bucket(project: Project, number: int, known: dict[str, Any]) -> int:
+    """The round under whose version prelabels are gathered now: the first that asks."""
+    now = time.time()
+    window, rounds = str(int(now // GATHER)), buckets(project)
+    if window not in rounds:
+        recent = {w: n for w, n in rounds.items() if (int(window) - int(w)) * GATHER <= KEEP_PRELABELS + GATHER}
+        rounds = {**recent, window: number}
+        project.store.write_json(project.key("gathered.json"), rounds)
+    known.setdefault(str(rounds[window]), {"head": []})["published"] = now  # its age counts from the last that came
+    return rounds[window]
 
 
 def take_name(ctx: Context, project: Project) -> None:
     """Give our ML backend the name of the order in force, where Label Studio asks us for prelabels."""
     backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
-    if backend is not None and queue and backend["title"] != queue and is_first(ctx, project, backend):
+    # A new title takes the version in force along: an order that a round beside us serves by now must stay.
+    served = ctx.studio.project(project.id).get("model_version") == queue
+    if backend is not None and served and backend["title"] != queue and is_first(ctx, project, backend):
         ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
 
 

@@ -71,7 +71,7 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
         finally:
             if damaged := ctx.store.damaged:  # deleted by now; the next round makes them again
                 log.warning("project %d: %d damaged files are made again", project, len(damaged))
-                ctx.board.retry_later(project)
+                ctx.board.retry_later(project, first=0)
 
     return run
 

@@ -92,7 +92,9 @@ def connection_faults(found: Found, ours: Row) -> Iterator[tuple[str, bool]]:
     yield "its title is not that of a ranking", not OURS.fullmatch(ours["title"] or "")
     yield "it lacks our secret", ours["auth_method"] != "BASIC_AUTH" or ours["basic_auth_user"] != USER
     yield "it is set to interactive", bool(ours["is_interactive"])
-    yield f"Label Studio cannot reach it ({ours['error_message'] or 'no answer'})", ours["state"] != "CO"
+    trouble = ours["error_message"] or "no answer"
+    former = "its secret is a former or a wrong one" if trouble.startswith("401 ") else ""
+    yield former or f"Label Studio cannot reach it ({trouble})", ours["state"] != "CO"
     yield "groups and the former settings are not recorded", _of_today(note_of(ours)) != new_note(found)
 
 
@@ -221,7 +223,7 @@ def unreachable(url: str, error: LabelStudioError) -> AttachRefused | None:
     if error.status == 400 and "authentication parameters" in said:
         return AttachRefused(
             f"what answers at {url} has another secret: give `firstrow serve` and `firstrow attach` the same "
-            "FIRSTROW_SECRET or FIRSTROW_STORE"
+            "FIRSTROW_SECRET or FIRSTROW_STORE, and start `firstrow serve` anew if that has changed"
         )
     if error.status == 400 and "health check failed" in said:
         return AttachRefused(

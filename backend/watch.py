@@ -82,6 +82,7 @@ class Watch:
         while not self.done.is_set():
             try:
                 if fresh:
+                    self.board.forgot()
                     recover(self.ctx)
                     fresh = False
                 self.look()

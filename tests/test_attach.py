@@ -5,23 +5,28 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from backend import app, attach
 from backend.coarse_answers import copy_of, original_of
 from backend.connection import FLAGS, SECRET_HEADER, keeper_address
 from backend.context import connect
-from backend.embedded import Studio, start_studio
+from backend.embedded import Studio, backend_settings, start_serve, start_studio
+from backend.enqueue import Board
 from backend.errors import AttachRefused, ConfigError, LabelStudioError
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
-from backend.settings import Settings
+from backend.secret import project_of, project_secret
+from backend.settings import SECRET_KEY, Settings
 from backend.steps import unreachable
+from backend.store import Store
 from backend.sync import refresh_config
 
 CONFIG = """<View>
@@ -31,13 +36,13 @@ CONFIG = """<View>
     <Label value="Soil" background="#8B5A2B" hotkey="1"/><Label value="Crop"/><Label value="Weed"/>
   </BrushLabels>
 </View>"""
-SECRET = "a secret"
+MASTER = "a secret"
 
 
 class Backend:
-    """Answers Label Studio as an ML backend does; refuses other secrets where `secret` is set."""
+    """Answers Label Studio as an ML backend does; refuses secrets not derived from `master` where that is set."""
 
-    def __init__(self, secret: str | None) -> None:
+    def __init__(self, master: str | None) -> None:
         self.events: list[tuple[str, str | None, Any]] = []
         backend = self
 
@@ -52,8 +57,9 @@ class Backend:
 
             def answer(self, body: dict[str, Any]) -> None:
                 given = base64.b64decode((self.headers.get("Authorization") or "Basic ")[6:]).decode()
-                open_to_all = secret is None or self.path == "/webhook"
-                self.send_response(200 if open_to_all or given == f"firstrow:{secret}" else 401)
+                open_to_all = master is None or self.path == "/webhook"
+                ours = given.startswith("firstrow:") and project_of(master or "", given.removeprefix("firstrow:"))
+                self.send_response(200 if open_to_all or ours else 401)
                 data = json.dumps(body).encode()
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -75,7 +81,7 @@ class Backend:
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    made = Backend(SECRET)
+    made = Backend(MASTER)
     yield made
     made.stop()
 
@@ -104,7 +110,7 @@ def settings_for(studio: Studio, url: str, folder: Path, **more: str) -> Setting
             "LABEL_STUDIO_API_KEY": studio.token,
             "FIRSTROW_URL": url,
             "FIRSTROW_STORE": str(folder / "store"),
-            "FIRSTROW_SECRET": SECRET,
+            "FIRSTROW_SECRET": MASTER,
             **more,
         }
     )
@@ -168,7 +174,7 @@ def test_attach_then_detach_leaves_the_project_as_it_was(
     assert after["show_collab_predictions"]
     assert after["backends"][0][1:] == ("first-row-0", backend.url)
     assert [(url, headers) for _, url, headers in after["webhooks"]] == [
-        (f"{backend.url}/webhook", {SECRET_HEADER: SECRET})
+        (f"{backend.url}/webhook", {SECRET_HEADER: project_secret(MASTER, project)})
     ]
     assert [tab["title"] for tab in after["tabs"]] == ["First Row", "Theirs"]
     assert after["tabs"][0]["ordering"] == ["tasks:predictions_score"]
@@ -196,7 +202,7 @@ def test_events_carry_the_secret(door: LabelStudio, project: int, settings: Sett
     task = next(door.tasks(project))["id"]
     door.create_annotation(task, [])
     event = next(e for e in backend.events if e[0] == "/webhook" and e[2]["action"] == "ANNOTATION_CREATED")
-    assert event[1] == SECRET
+    assert event[1] == project_secret(MASTER, project)
 
 
 def test_note_survives_new_titles(door: LabelStudio, project: int, settings: Settings) -> None:
@@ -454,6 +460,90 @@ def test_our_own_backend(door: LabelStudio, project: int, make_backend: Callable
     list(attach.detach(door, project, settings))
     assert state(door, project) == before
     assert app.SECRET_HEADER == SECRET_HEADER
+
+
+def test_the_former_secret_is_named_and_renewed(
+    door: LabelStudio, project: int, make_backend: Callable[..., Any]
+) -> None:
+    """Before each project had a secret of its own, Label Studio held the master secret."""
+    running = make_backend(worker=False).context
+    settings = running.settings
+    attach.apply(attach.plan(door, project, settings))
+    whole = state(door, project)
+    # As it was left: Label Studio checks on PATCH, so the former connection is made while nobody refuses it.
+    [ours], [hook] = door.ml_backends(project), door.webhooks(project)
+    before = {SECRET_HEADER: settings.secret_value(), "Theirs": "stays"}
+    door.patch_webhook(hook["id"], url=hook["url"], headers=before)
+    [sentence] = attach.check(door, project, settings)
+    assert sentence == f"Set our secret on the webhook to {settings.url}/webhook."
+    task = next(door.tasks(project))["id"]
+    door.create_annotation(task, [])
+    assert running.board.take(project)[0] == set()  # the master secret opens nothing
+    attach.apply(attach.plan(door, project, settings))
+    [hook] = door.webhooks(project)
+    assert hook["headers"] == {**before, SECRET_HEADER: settings.project_secret(project)}
+    assert {**whole, "webhooks": []} == {**state(door, project), "webhooks": []}
+    assert ours["id"] == door.ml_backends(project)[0]["id"]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_new_master_secret_is_handed_out_by_attach(
+    door: LabelStudio, project: int, studio: Studio, redis_url: str, tmp_path: Path, stored: bool
+) -> None:
+    def environment(secret: str) -> dict[str, str]:
+        return {**given, **({} if stored else {"FIRSTROW_SECRET": secret})}
+
+    given = backend_settings(tmp_path, f"{redis_url}/97", studio)
+    with start_serve(tmp_path, environment("one")):
+        settings = Settings.read(environment("one"))
+        attach.apply(attach.plan(door, project, settings))
+        whole, former = state(door, project), settings.project_secret(project)
+    if stored:
+        Store(settings.store).delete(SECRET_KEY)
+    with start_serve(tmp_path, environment("two")):
+        settings = Settings.read(environment("two"))
+        assert settings.project_secret(project) != former
+        assert attach.check(door, project, settings) == [
+            f"Renew the connection to the ML backend at {settings.url}: its secret is a former or a wrong one.",
+            f"Set our secret on the webhook to {settings.url}/webhook.",
+        ]
+        attach.apply(attach.plan(door, project, settings))
+        assert attach.check(door, project, settings) == []
+        board, task = Board(given["REDIS_URL"]), next(door.tasks(project))["id"]
+        board.taken(project)
+        door.create_annotation(task, [])
+        assert board.take(project)[0] == {task}
+        [hook] = door.webhooks(project)
+        assert hook["headers"] == {SECRET_HEADER: settings.project_secret(project)}
+        assert door.ml_backends(project)[0]["state"] == "CO"
+        assert (
+            requests.post(
+                f"{settings.url}/setup", json={"project": project}, auth=("firstrow", former), timeout=9
+            ).status_code
+            == 401
+        )
+    assert {**whole, "webhooks": []} == {**state(door, project), "webhooks": []}
+
+
+@pytest.mark.parametrize("with_secret", [False, True])
+def test_connected_by_hand_is_remembered_once_label_studio_confirms(
+    door: LabelStudio, project: int, make_backend: Callable[..., Any], with_secret: bool
+) -> None:
+    """As people do on Label Studio's settings page: without authentication, or with what `firstrow secret` prints."""
+    running = make_backend(worker=False).context
+    fields = attach.credentials(running.settings, project) if with_secret else {"url": running.settings.url}
+    door.connect_ml(**{**fields, "project": project, "title": "by hand"})
+    assert door.ml_backends(project)[0]["state"] == "CO"
+    nowhere = 10**6 + project
+    assert requests.post(f"{running.settings.url}/setup", json={"project": nowhere}, timeout=9).ok
+    until = time.monotonic() + 30
+    while project not in running.board.projects():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert running.board.projects() == [project]
+    attach.apply(attach.plan(door, project, running.settings))
+    assert attach.check(door, project, running.settings) == []
+    assert requests.post(f"{running.settings.url}/setup", json={"project": project}, timeout=9).status_code == 401
 
 
 # What cannot work

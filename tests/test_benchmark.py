@@ -206,9 +206,9 @@ def test_a_curve_has_a_row_for_every_n(field: Path) -> None:
 
 @pytest.mark.parametrize("name", [*STRATEGIES, *REFERENCES])
 def test_every_strategy_runs_where_labels_are_hidden(field: Path, name: str) -> None:
-    rows = list(run(curve(field, name, steps=(1, 2)), [], "cpu"))
-    assert [row.n for row in rows] == [0, 1, 2]
-    assert rows[2].image not in ("", rows[1].image)
+    rows = list(run(curve(field, name, steps=(1,)), [], "cpu"))
+    assert [row.n for row in rows] == [0, 1]
+    assert rows[1].image, "it chose by what scoring gave it; choices after the first are in test_strategies"
 
 
 def test_same_seed_same_picks_and_another_seed_another_start(field: Path) -> None:
@@ -218,11 +218,11 @@ def test_same_seed_same_picks_and_another_seed_another_start(field: Path) -> Non
     assert other.mIoU != first[0].mIoU
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3, 4])
-def test_a_stopped_curve_goes_on_as_if_it_had_not_stopped(field: Path, kept: int) -> None:
+def test_a_stopped_curve_goes_on_as_if_it_had_not_stopped(field: Path) -> None:
     whole = [timeless(row) for row in run(curve(field, "first-row"), [], "cpu")]
-    rest = [timeless(row) for row in run(curve(field, "first-row"), whole[:kept], "cpu")]
-    assert whole[:kept] + rest == whole
+    rest = [timeless(row) for row in run(curve(field, "first-row"), whole[:2], "cpu")]
+    assert whole[:2] + rest == whole
+    assert len({row.image for row in whole[1:]}) == len(whole) - 1, "each choice is another image"
 
 
 def test_rows_after_a_gap_are_run_again(field: Path) -> None:

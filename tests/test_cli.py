@@ -15,6 +15,7 @@ from rich.console import Console
 
 from backend.context import connect
 from backend.project import Project
+from backend.secret import project_secret
 from backend.settings import Settings
 from backend.status import show
 from backend.store import Store
@@ -83,11 +84,13 @@ def test_redis_that_does_not_answer_is_one_line(environment: dict[str, str]) -> 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_secret_is_made_once(environment: dict[str, str]) -> None:
-    first = firstrow(environment, "secret")
+def test_each_project_has_a_secret_of_its_own(environment: dict[str, str]) -> None:
+    first = firstrow(environment, "secret", "--project", "7")
     assert len(first.stdout.strip()) >= 32
-    assert firstrow(environment, "secret").stdout == first.stdout
-    assert firstrow({**environment, "FIRSTROW_SECRET": "mine"}, "secret").stdout == "mine\n"
+    assert firstrow(environment, "secret", "--project", "7").stdout == first.stdout
+    assert firstrow(environment, "secret", "--project", "8").stdout != first.stdout
+    mine = firstrow({**environment, "FIRSTROW_SECRET": "mine"}, "secret", "--project", "7").stdout
+    assert mine == project_secret("mine", 7) + "\n"
 
 
 def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:

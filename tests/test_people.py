@@ -359,7 +359,7 @@ def test_detach_gives_coarse_labels_back_as_they_were(make_backend: Callable[...
     assert reopen(team.backend.context, team.project, record).stage == "returned"
     assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
     [row] = annotations(team).values()
-    assert lasting(row) == lasting(given)
+    assert lasting(row) == {**lasting(given), "parent_prediction": None}
     assert (row["completed_by"], row["was_cancelled"]) == (given["completed_by"], False)
     after = around(team)
     assert {name for name in before if after[name] != before[name]} <= {
@@ -380,7 +380,7 @@ def test_detach_during_a_round_stops_it_first(make_backend: Callable[..., Backen
     assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
     assert board.busy(team.id) is None
     row = annotations(team)[given["id"]]
-    assert lasting(row) == lasting(given)
+    assert lasting(row) == {**lasting(given), "parent_prediction": None}
     assert not row["was_cancelled"]
     after = around(team)
     for name in ("sampling", "model_version", "tabs", "backends", "webhooks", "versions", "keeper"):

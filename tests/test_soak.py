@@ -1,0 +1,36 @@
+"""What grows while people label: nothing. Forty seconds by default; FIRSTROW_SOAK sets the seconds, 600 say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import Backend
+from soak import MAY_GROW, PICTURES, Sample, Soak, growing
+
+from backend.generations import MOST_ORDERS
+
+SECONDS = float(os.environ.get("FIRSTROW_SOAK", "40"))
+#: From here on curves are long enough to be compared with themselves.
+LONG = 300
+
+
+def test_what_grows_is_told() -> None:
+    flat = [Sample(n, n, 500, 100, 200, 20, 200, 60, 80.0) for n in range(30)]
+    assert growing(flat) == []
+    rising = [Sample(n, n, 500 + 20 * n, 100, 200 + 40 * n, 20, 200, 60, 80.0) for n in range(30)]
+    assert [fault.split()[0] for fault in growing(rising)] == ["worker_mb", "redis_keys"]
+    assert set(MAY_GROW) == set(Sample.__dataclass_fields__) - {"seconds", "orders"}
+
+
+def test_nothing_grows_while_people_label(make_backend: Callable[..., Backend], tmp_path: Path) -> None:
+    backend = make_backend(FIRSTROW_COARSE_TASKS="0")
+    samples = Soak(backend.context, tmp_path).run(SECONDS, min(15.0, SECONDS / 10), lambda sample: None)
+    last = samples[-1]
+    assert last.orders > samples[0].orders
+    assert last.redis_keys < 800, last
+    assert last.versions <= 2 * MOST_ORDERS + 12, last
+    assert last.predictions <= (MOST_ORDERS + 2) * PICTURES + 40 * MOST_ORDERS, last
+    if SECONDS >= LONG:
+        assert growing(samples) == [], samples
