@@ -122,7 +122,9 @@ class Transport:
         )
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=again))
-        self.files = download.session(guarded=False, max_retries=again)
+        # A file that cannot be had is tried again in a minute; until then it must not hold the others up.
+        once = again.new(total=1, status_forcelist=(502, 503, 504))
+        self.files = download.session(guarded=False, max_retries=once)
 
     def call(
         self,
