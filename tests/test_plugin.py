@@ -50,7 +50,7 @@ def test_the_forms_of_2(where: Context) -> None:
     assert model.get("model_version") == "seg-2"
     assert FirstRow(project_id="22.1795", label_config="<View/>", where=where).model_version == "seg-2"
     assert model.predict([{"id": 31}], context={"result": []}, login=None) == [[]]
-    assert model.fit("START_TRAINING", {"project": {"id": 22}}) == {"job": "round-22-1"}
+    assert model.fit("START_TRAINING", {"project": {"id": 22}}) == {"job": where.board.busy(22)}
     assert model.fit("LABEL_LINK_CREATED", {}) == {"job": None}
 
 
