@@ -286,8 +286,9 @@ class Board:
         if self.redis.exists(_key(project, "retry")):
             return  # a round is tried again once, whatever of it failed
         tries = int(self.redis.incr(_key(project, "tries")))
-        if tries <= len(PAUSES):
-            pause = (first, *PAUSES[1:])[tries - 1]
+        pauses = PAUSES if first == PAUSES[0] else (first, *PAUSES)
+        if tries <= len(pauses):
+            pause = pauses[tries - 1]
             log.warning("project %d: tried again in %g s", project, pause)
             self.redis.set(_key(project, "retry"), time.time() + pause)
 
