@@ -273,6 +273,7 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     Returns:
         Whether it is; else a person has changed it meanwhile, and it is theirs again.
     """
+    ctx.board.go_on(project.id)
     content, number = digest(annotation), int(annotation["id"])
     project.store.write_json(project.coarse_answer_key(number), {"task": task["id"], "annotation": annotation})
     known = {int(row["id"]): original_of(row) for row in copies_of(task)}

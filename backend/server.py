@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from flask import Flask
 from gunicorn.app.base import BaseApplication
+from redis import RedisError
 
 from backend.app import create_app
+from backend.enqueue import Board
 from backend.settings import Settings
 from backend.web_worker import WebWorker
+
+log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
@@ -25,6 +30,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         StoreError: the secret can be neither read nor made.
     """
     settings.secret_value()  # made here if at all: two workers could make two
+    look_around(Board(settings.redis_url))
 
     class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         def load_config(self) -> None:
@@ -36,6 +42,17 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
             return create_app(settings)
 
     Server().run()
+
+
+def look_around(board: Board) -> None:
+    """Have every project compared with Label Studio: nobody took its events while this process was down."""
+    try:
+        for project in board.projects():
+            board.reconcile(project)
+    except RedisError as error:
+        log.warning("Redis does not answer (%s): workers will look for lost events", type(error).__name__)
+    finally:
+        board.redis.close()
 
 
 def _gunicorn(settings: Settings, host: str, port: int, workers: int) -> dict[str, Any]:

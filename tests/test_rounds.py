@@ -11,6 +11,7 @@ import pytest
 from backend import enqueue
 from backend.enqueue import PAUSES, Board
 from backend.errors import RoundOver
+from backend.server import look_around
 
 
 @pytest.fixture
@@ -172,3 +173,10 @@ def test_a_round_is_tried_again_once_whatever_of_it_failed(board: Board) -> None
     for _ in range(3):
         board.retry_later(7)
     assert board.redis.get("firstrow:7:tries") == b"1"
+
+
+def test_a_start_of_serve_has_every_project_compared(board: Board, database_url: str) -> None:
+    board.register(7)
+    look_around(Board(database_url))
+    assert [job.func_name for job in board.queue("default").jobs] == ["backend.jobs.reconcile"]
+    look_around(Board("redis://127.0.0.1:1"))  # without Redis it starts all the same
