@@ -80,7 +80,7 @@ def filled(where: Context) -> Context:
     halves = np.repeat(np.array([[0, 1]], np.uint8), 12, axis=1).repeat(24, axis=0)
     for task in range(1, 3 * CHUNK + 1):
         here.store.write_map(here.cluster_key("c1", task), halves)
-    coarse = {str(task): [[0, 0.9], [1, 0.7]] for task in range(1, 3 * CHUNK + 1)}
+    coarse = {str(task): [["Background", 0.9], ["Foreground", 0.7]] for task in range(1, 3 * CHUNK + 1)}
     where.board.set_state(22, {"version": "seg-4", "clusters": "c1", "coarse": coarse})
     return where
 
