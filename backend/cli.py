@@ -178,6 +178,7 @@ def _run_detach(given: argparse.Namespace) -> None:
 
     ctx = connect(settings)
     note = ctx.project(given.project).extra()
+    _say(f"Looking at project {given.project} ...")
     if given.dry_run:
         for step in plan_detach(ctx.studio, given.project, ctx.settings, given.coarse or "keep", given.file, note):
             _say(step.text)
@@ -198,7 +199,9 @@ def _run_export_coarse(given: argparse.Namespace) -> None:
     from backend.detach import export_answers
 
     ctx, file = connect(settings), given.file or Path(f"coarse-{given.project}.json")
-    count = export_answers(ctx.studio, given.project, ctx.settings, ctx.project(given.project).extra(), file)
+    project = ctx.project(given.project)
+    kept = project.coarse_answers()
+    count = export_answers(ctx.studio, project.id, ctx.settings, project.extra(), kept, file)
     _say(f"{count} coarse labels of project {given.project} are in {file}.")
 
 

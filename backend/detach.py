@@ -224,6 +224,7 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
             "them to a file and deletes them, so that nothing of First Row is left"
         )
     if coarse == "file" and file is not None:
+        saved_before(here, file)  # refused before anything is changed
         text = f"Save {count} coarse labels to {file}, then delete them; the {len(here.answers)} tasks are free again."
         yield Undo(text, lambda: answers_to_file(here, file))
         return
@@ -266,7 +267,7 @@ def names_of(annotation: Row) -> list[tuple[Any, Any]]:
 
 def answers_to_file(here: Attached, file: Path) -> Iterator[str]:
     """Save all coarse answers, look whether they are there, then delete them one by one unless they have changed."""
-    save_answers(here, file)
+    write_answers([*answer_rows(here), *saved_before(here, file)], file)
     config = config_of(here)
     for task in progress(here.answers):
         if isinstance(task, str):
@@ -281,6 +282,25 @@ def answers_to_file(here: Attached, file: Path) -> Iterator[str]:
             yield f"Task {task['id']}: its coarse labels were changed meanwhile and stay; detach once more."
 
 
+def saved_before(here: Attached, file: Path) -> list[dict[str, Any]]:
+    """What a detach that died half-way has saved in the file and already deleted: it must not be written over.
+
+    Raises:
+        AttachRefused: the file is somebody else's.
+    """
+    if not file.exists():
+        return []
+    present = {answer.get("id") for row in answer_rows(here) for answer in row["annotations"]}
+    try:
+        rows = [
+            {**row, "annotations": [answer for answer in row["annotations"] if answer["id"] not in present]}
+            for row in orjson.loads(file.read_bytes())
+        ]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AttachRefused(f"{file} is there and holds no coarse labels of ours: name another file") from error
+    return [row for row in rows if row["annotations"]]
+
+
 def delete_if_same(studio: LabelStudio, annotation: int, content: str) -> bool:
     """Delete an annotation, unless it is not what was saved any more."""
     try:
@@ -293,7 +313,14 @@ def delete_if_same(studio: LabelStudio, annotation: int, content: str) -> bool:
     return True
 
 
-def export_answers(studio: LabelStudio, project: int, settings: Settings, note: Mapping[str, Any], file: Path) -> int:
+def export_answers(
+    studio: LabelStudio,
+    project: int,
+    settings: Settings,
+    note: Mapping[str, Any],
+    kept: Iterable[Mapping[str, Any]],
+    file: Path,
+) -> int:
     """Write all coarse answers of a project to a file; changes nothing in Label Studio.
 
     Args:
@@ -301,6 +328,8 @@ def export_answers(studio: LabelStudio, project: int, settings: Settings, note: 
         project: Label Studio's project id.
         settings: our address.
         note: what the store remembers of our note.
+        kept: what the store has of answers that were set aside: `task` and `annotation`. Written where Label Studio has
+            them no longer.
         file: is replaced.
 
     Returns:
@@ -309,22 +338,28 @@ def export_answers(studio: LabelStudio, project: int, settings: Settings, note: 
     Raises:
         AttachRefused: the file cannot be written.
     """
-    here = look(studio, project, settings, note)
-    save_answers(here, file)
+    rows = answer_rows(look(studio, project, settings, note))
+    known = {answer.get("id") for row in rows for answer in row["annotations"]}
+    for old in kept:
+        if old["annotation"]["id"] not in known:
+            rows.append({"id": old["task"], "annotations": [old["annotation"]]})
+    write_answers(rows, file)
+    return sum(len(row["annotations"]) for row in rows)
+
+
+def answer_rows(here: Attached) -> list[dict[str, Any]]:
+    """All coarse answers as Label Studio's own JSON export would have them."""
     config = config_of(here)
-    return sum(len(answers_of(here, task, config)) for task in here.answers)
+    tasks = here.answers
+    return [{"id": task["id"], "data": task["data"], "annotations": answers_of(here, task, config)} for task in tasks]
 
 
-def save_answers(here: Attached, file: Path) -> None:
-    """Write all coarse answers as Label Studio's own JSON export would have them, and read them back.
+def write_answers(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write answers to a file, and read them back.
 
     Raises:
         AttachRefused: the file cannot be written.
     """
-    config = config_of(here)
-    rows = [
-        {"id": task["id"], "data": task["data"], "annotations": answers_of(here, task, config)} for task in here.answers
-    ]
     data = orjson.dumps(rows, option=orjson.OPT_INDENT_2)
     try:
         with file.open("wb") as out:

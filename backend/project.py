@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,6 +178,12 @@ class Project:
     def coarse_answer_key(self, annotation: int) -> str:
         """Where the whole of a coarse answer that was set aside lies."""
         return self.key("coarse-answers", f"{annotation}.json")
+
+    def coarse_answers(self) -> Iterator[dict[str, Any]]:
+        """What the store keeps of coarse answers that were set aside: `task` and `annotation`."""
+        for key in self.store.list(self.key("coarse-answers")):
+            if (row := self.store.read_json(key)) is not None:
+                yield row
 
     def label_key(self, task: int) -> str:
         """Where the annotation mask (fine classes) of a task lies."""

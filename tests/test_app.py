@@ -96,7 +96,11 @@ def fill(served: Served, project: int = 22) -> None:
     halves = np.repeat(np.array([[0, 1]], np.uint8), 12, axis=1).repeat(24, axis=0)
     for task in (31, 32):
         served.store.write_map(here.cluster_key("c1", task), halves)
-    state = {"version": "seg-4", "clusters": "c1", "coarse": {str(t): [["Background", 0.9], ["Foreground", 0.7]] for t in (31, 32)}}
+    state = {
+        "version": "seg-4",
+        "clusters": "c1",
+        "coarse": {str(t): [["Background", 0.9], ["Foreground", 0.7]] for t in (31, 32)},
+    }
     served.store.write_json(here.key("state.json"), state)
     served.board.set_state(project, state)
     served.board.register(project)

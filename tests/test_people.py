@@ -379,7 +379,32 @@ def test_detach_asks_what_becomes_of_coarse_labels(
         assert {name: after[name] for name in before if after[name] != before[name]} == {}
         assert annotations(team) == {}
     saved = [row for task in json.loads(file.read_text()) for row in task["annotations"]]
+    assert len(saved) == len(made), "a second detach does not write over what the first one saved"
     assert {digest(row) for row in saved} == {digest(row) for row in made.values()}
+    assert run(team, "export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")) == 0
+    again = [row for task in json.loads((tmp_path / "all.json").read_text()) for row in task["annotations"]]
+    aside = {number for number, row in made.items() if row["was_cancelled"]}
+    assert {row["id"] for row in again} == aside, "the store remembers what was set aside"
+
+
+def test_a_detach_that_goes_on_keeps_what_was_saved_before(
+    share_backend: Share, pictures: Pictures, tmp_path: Path
+) -> None:
+    team, file = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures), tmp_path / "coarse.json"
+    team.attach()
+    one = answer(team)["annotations"][0]
+    early = {"id": 1, "data": {}, "annotations": [{"id": 10**9, "result": one["result"]}]}
+    file.write_text(json.dumps([early]))
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
+    rows = json.loads(file.read_text())
+    assert {row["id"] for task in rows for row in task["annotations"]} == {one["id"], 10**9}
+    assert annotations(team) == {}
+    file.write_text("somebody's notes")
+    team.attach()
+    answer(team)
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 1
+    assert file.read_text() == "somebody's notes"
+    assert len(annotations(team)) == 1
 
 
 def test_detach_gives_coarse_labels_back_as_they_were(make_backend: Callable[..., Backend], pictures: Pictures) -> None:
