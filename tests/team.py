@@ -33,6 +33,7 @@ class Team:
 
     def attach(self) -> int:
         """Attach the project; returns the first round that has an order."""
+        self.backend.context.board.register(self.id)
         apply(plan(self.studio, self.id, self.backend.context.settings, GROUPS))
         self.backend.context.board.request_round(self.id, "attached")
         return self.wait()
