@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from backend.coarse_answers import digest
 from backend.enqueue import Board
 from backend.errors import FirstRowError
@@ -112,12 +114,21 @@ def _is_our_own(event: Event, board: Board) -> bool:
     # Label Studio may then have written ours over theirs, so theirs are kept until somebody has looked.
     annotation = event.annotation
     content = board.own_update(int(annotation["id"])) if annotation else ""
-    if not annotation or not content:
+    if not annotation or not content or "result" not in annotation:
         return False
-    if digest(dict(annotation)) == content:
+    saved = {"id": annotation["id"], "result": _built(annotation["result"])}
+    if digest(saved) == content:
         return True
-    board.keep_update(int(annotation["id"]), annotation)
+    board.keep_update(int(annotation["id"]), saved)
     return False
+
+
+def _built(result: object) -> object:
+    """The regions of an annotation, which the web process leaves as text until they are asked for."""
+    try:
+        return orjson.loads(result) if isinstance(result, bytes) else result
+    except ValueError as error:
+        raise EventError("webhook ANNOTATION_UPDATED: its result is not JSON") from error
 
 
 def _config_changed(event: Event, board: Board) -> str | None:

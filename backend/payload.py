@@ -56,18 +56,37 @@ class Body(msgspec.Struct):
     job: One = msgspec.UNSET
 
 
-_decoder = msgspec.json.Decoder(Body)
+class Saved(msgspec.Struct):
+    """The regions of an annotation, as text: built only where somebody asks for them."""
+
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class Update(msgspec.Struct):
+    """What we read of an annotation that was updated."""
+
+    annotation: Saved | msgspec.UnsetType = msgspec.UNSET
+
+
+_decoder, _update_decoder = msgspec.json.Decoder(Body), msgspec.json.Decoder(Update)
 
 
 def decode(body: bytes) -> dict[str, Any]:
     """The fields that we read, as dictionaries and lists; those that are missing stay missing.
+
+    The regions of an updated annotation stay text: its `result` is bytes of JSON.
 
     Raises:
         PayloadError: not JSON, not an object, or a field has the wrong form.
     """
     _counted.rows = 0
     try:
-        return dict(msgspec.to_builtins(_decoder.decode(body)))
+        fields = dict(msgspec.to_builtins(_decoder.decode(body)))
+        if fields.get("action") == "ANNOTATION_UPDATED" and isinstance(fields.get("annotation"), dict):
+            saved = _update_decoder.decode(body).annotation
+            if isinstance(saved, Saved) and isinstance(saved.result, msgspec.Raw):
+                fields["annotation"]["result"] = bytes(saved.result)
+        return fields
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PayloadError(f"the body is not an object as Label Studio sends it: {str(error)[:120]}") from error
 

@@ -22,6 +22,7 @@ from werkzeug.exceptions import ServiceUnavailable
 from backend import attach
 from backend.admission import LARGEST, REFUSED, WITH
 from backend.app import Manager
+from backend.coarse_answers import digest
 from backend.connection import SECRET_HEADER
 from backend.context import connect
 from backend.embedded import Studio, free_port, start_serve
@@ -316,6 +317,18 @@ def test_faults_are_short_json(served: Served, path: str, body: bytes, status: i
 def test_other_content_types_are_named(served: Served) -> None:
     answer = requests.post(served.url + "/setup", data=b"x", timeout=5)
     assert (answer.status_code, list(answer.json())) == (415, ["error"])
+
+
+def test_our_own_update_is_known_by_its_regions(served: Served) -> None:
+    fill(served)
+    regions = [{"id": "cl3", "value": {"rle": [1, 2, 3], "brushlabels": ["Bäume"]}, "score": 0.25}]
+    annotation = {"id": 169, "task": 31, "completed_by": 1, "was_cancelled": True, "result": regions}
+    body = {"action": "ANNOTATION_UPDATED", "project": {"id": 22}, "task": {"id": 31}, "annotation": annotation}
+    served.board.expect_own_update(169, digest(annotation))
+    assert served.post("/webhook", body, SECRET).json()["job"] is None
+    theirs = [*regions, {"id": "drawn"}]
+    assert served.post("/webhook", {**body, "annotation": {**annotation, "result": theirs}}, SECRET).json()["job"]
+    assert served.board.missed_update(169) == {"id": 169, "result": theirs}
 
 
 def test_large_requests_are_taken(served: Served) -> None:

@@ -116,7 +116,11 @@ def test_our_own_updates_are_not_events_and_a_persons_is_kept(board: Board) -> N
     theirs = {**ANNOTATION, "result": [{"id": "drawn"}]}
     assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation=theirs), board)
     assert board.take(22) == ({31}, set())
-    assert board.missed_update(169) == theirs
+    assert board.missed_update(169) == {"id": 169, "result": theirs["result"]}
+    text = {**ANNOTATION, "result": b"[]"}  # as the web process has it
+    assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation=text), board) is None
+    assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation={"id": 169, "task": 31}), board)
+    assert board.missed_update(169) == {"id": 169, "result": theirs["result"]}, "nothing is kept without regions"
     board.forget_update(169)
     assert board.missed_update(169) is None
     assert handle(UPDATED, board), "no longer ours"

@@ -64,7 +64,7 @@ def picture_of(team: Team) -> dict[str, Any]:
     trained = (store.read_json(project.key("model.json")) or {}).get("trained", {})
     return {
         "index": {r.id: (r.stage, r.size, r.error, r.coarse) for r in project.index().values()},
-        "votes": project.decided().tolist(),
+        "votes": project.decided(team.config).tolist(),
         "trained": trained,
         "labels": {key: store.read_map(key) is not None for key in store.list(project.key("labels"))},
         "coarse": {key: store.read_map(key) is not None for key in store.list(project.key("coarse"))},
