@@ -110,12 +110,15 @@ def wait_for(true: Callable[[], bool]) -> None:
 def test_projects_take_turns(database_url: str) -> None:
     board = Board(database_url)
     for project, count in ((1, 4), (2, 2), (3, 1)):
-        for number in range(count):
-            board.enqueue("score", project, number, number)
+        token = board.request_round(project, "test")
+        assert token is not None
+        number = board.number(project, token, 0)
+        for shard in range(count):
+            board.enqueue("score", project, number, shard)
     board.interleave(GPU)
     order = [job.meta["project"] for job in board.queue(GPU).jobs]
     assert order == [1, 2, 3, 1, 2, 1, 1]
-    assert [job.args[1] for job in board.queue(GPU).jobs if job.meta["project"] == 1] == [0, 1, 2, 3]
+    assert [job.args[2] for job in board.queue(GPU).jobs if job.meta["project"] == 1] == [0, 1, 2, 3]
 
 
 def test_a_large_order_changes_at_its_head_and_goes_gently(
@@ -144,7 +147,7 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     assert publish_order(ctx, project, index, config, places(again), 4)["queue"] == "first-row-4"
 
     entry: dict[str, object] = {}
-    ctx.board.enqueue("score", project.id, 1, 1)
+    ctx.board.enqueue("clean", project.id)
     size = ctx.studio.versions(project.id)["first-row-1"]
     assert not remove(ctx, project, "first-row-1", size, entry), "a job that waits goes first"
     assert ctx.studio.versions(project.id)["first-row-1"] == size
