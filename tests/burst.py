@@ -16,11 +16,13 @@ import requests
 from backend.connection import SECRET_HEADER
 from backend.context import connect
 from backend.embedded import LOOPBACK, free_port, start_redis, start_serve
+from backend.secret import project_secret
 from backend.settings import Settings
 
 #: Connections that send at once: Label Studio has some threads, each waits for our answer.
 SENDERS = 8
 PROJECT = 7
+MASTER = "of a burst"
 
 
 def burst(url: str, secret: str, events: int, seconds: float) -> list[float]:
@@ -58,7 +60,7 @@ def settings(folder: Path, redis_url: str) -> dict[str, str]:
         "FIRSTROW_URL": f"http://{LOOPBACK}:{port}",
         "FIRSTROW_PORT": str(port),
         "FIRSTROW_STORE": str(folder / "store"),
-        "FIRSTROW_SECRET": "of a burst",
+        "FIRSTROW_SECRET": MASTER,
     }
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = settings(Path(name), redis_url)
         board = connect(Settings.read(environment)).board
         with start_serve(Path(name), environment) as url:
-            waits = burst(url, "of a burst", given.events, given.seconds)
+            waits = burst(url, project_secret(MASTER, PROJECT), given.events, given.seconds)
         lost = given.events - len(board.take(PROJECT)[0])
     p99 = statistics.quantiles(waits, n=100)[98]
     sys.stdout.write(

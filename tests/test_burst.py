@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from burst import PROJECT, burst, settings
+from burst import MASTER, PROJECT, burst, settings
 
 from backend.context import connect
 from backend.embedded import start_serve
+from backend.secret import project_secret
 from backend.settings import Settings
 
 #: Milliseconds after which Label Studio gives an event up; the longest wait seen is a twentieth of it.
@@ -18,7 +19,7 @@ def test_no_event_of_a_burst_is_lost(database_url: str, tmp_path: Path) -> None:
     environment = settings(tmp_path, database_url)
     board = connect(Settings.read(environment)).board
     with start_serve(tmp_path, environment) as url:
-        waits = burst(url, "of a burst", 200, 2)
+        waits = burst(url, project_secret(MASTER, PROJECT), 200, 2)
     assert board.take(PROJECT) == (set(range(1, 201)), set())
     assert len(board.queue("default").job_ids) == 1, "one round for all of them"
     assert waits[-3] < GIVEN_UP
