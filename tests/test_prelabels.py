@@ -66,7 +66,8 @@ def region(name: str) -> dict[str, str]:
         ([{"id": 1, "result": [region("coarse")]}], [], "coarse"),
         ([{"id": 1, "result": [region("coarse"), region("seg")]}], [], "full"),
         ([{"id": 1, "result": [region("seg")], "was_cancelled": True}], [], "new"),
-        ([{"id": 1, "result": []}], [], "coarse"),
+        ([{"id": 1, "result": []}], [], "other"),
+        ([{"id": 1, "result": [region("seg") | {"id": "cl3"}]}], [], "coarse"),
         ([], [{"id": 3, "model_version": "coarse-labels", "result": []}], "returned"),
         ([], [{"id": 3, "model_version": "seg-2", "result": []}], "new"),
     ],
@@ -74,12 +75,12 @@ def region(name: str) -> dict[str, str]:
 def test_stage_of_a_task(
     annotations: list[dict[str, object]], predictions: list[dict[str, object]], stage: str
 ) -> None:
-    assert stage_of({"annotations": annotations, "predictions": predictions}, CONFIG)[0] == stage
+    assert stage_of({"annotations": annotations, "predictions": predictions}, CONFIG, False)[0] == stage
 
 
 def test_the_newest_full_annotation_counts() -> None:
     older = {"id": 1, "result": [region("seg")], "updated_at": "2026-01-01"}
     newer = {"id": 2, "result": [region("seg")], "updated_at": "2026-01-02"}
     coarse = {"id": 3, "result": [region("coarse")], "updated_at": "2026-01-03"}
-    _, annotation, _ = stage_of({"annotations": [older, coarse, newer]}, CONFIG)
+    _, annotation, _ = stage_of({"annotations": [older, coarse, newer]}, CONFIG, False)
     assert annotation == newer
