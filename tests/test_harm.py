@@ -247,7 +247,7 @@ def label_anew(team: Team, task: int) -> int:
 def kill_in(team: Team, step: str, seconds: float = 60) -> bool:
     """Kill the worker as soon as it runs a step; False if it was never caught in the act."""
     board, until = team.backend.context.board, time.monotonic() + seconds
-    (child,) = worker_children()
+    (child,) = worker_children(team.backend)
     prefix = "round" if step == "start_round" else step
     while time.monotonic() < until:
         if any(job.startswith(f"{prefix}-{team.id}-") for job in board.running(team.id)):
@@ -258,15 +258,14 @@ def kill_in(team: Team, step: str, seconds: float = 60) -> bool:
     return False
 
 
-def worker_children() -> list[psutil.Process]:
-    """Our workers' processes below their supervisors."""
-    everybody = psutil.Process().children(recursive=True)
-    found = []
-    for process in everybody:
+def worker_children(backend: Backend) -> list[psutil.Process]:
+    """The workers' processes of a backend below their supervisors; other tests' backends may run, too."""
+    store, workers = backend.environment["FIRSTROW_STORE"], []
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "backend.worker" in process.cmdline():
-                found.append(process)
-    return found
+            if "backend.worker" in process.cmdline() and process.environ().get("FIRSTROW_STORE") == store:
+                workers.append(process)
+    return workers
 
 
 class Slow(BaseHTTPRequestHandler):
