@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,7 @@ class Attached:
         ours: our ML backend, None if somebody has deleted it.
         note: what `attach` wrote down.
         keeper: id of the account that has annotations which are set aside; 0 without one.
+        config: what the label config means; None if it cannot be used.
         answers: coarse answers: each task with its annotations and predictions.
     """
 
@@ -79,6 +80,7 @@ class Attached:
     ours: Row | None
     note: Mapping[str, Any]
     keeper: int
+    config: ProjectConfig | None
     answers: list[Row] = field(default_factory=list)
 
     @property
@@ -149,8 +151,8 @@ def look(studio: LabelStudio, project: int, settings: Settings, note: Mapping[st
     ours = our_backend(studio, project, settings)
     written = note_of(ours) or dict(note or {})
     keeper = int(written.get("keeper") or 0) or keeper_account(studio, project)
-    here = Attached(studio, settings, project, ours, written, keeper)
-    return Attached(**{**vars(here), "answers": list(answered_tasks(here))})
+    here = Attached(studio, settings, project, ours, written, keeper, config_of(studio, project, written))
+    return replace(here, answers=list(answered_tasks(here)))
 
 
 def does(change: Callable[..., object], *args: object) -> Run:
@@ -176,7 +178,7 @@ def undo_webhooks(here: Attached) -> Iterator[Undo]:
 
 def answered_tasks(here: Attached) -> Iterator[Row]:
     """Tasks with a coarse answer: one that is set aside, or one that stands as an annotation of nothing else."""
-    config, studio = config_of(here), here.studio
+    config, studio = here.config, here.studio
     wanted = studio.tasks_with_version(here.id, COARSE_COPY)
     if config is not None and config.coarse is not None:
         wanted |= {int(row["id"]) for row in studio.tasks(here.id) if row.get("total_annotations")}
@@ -185,10 +187,10 @@ def answered_tasks(here: Attached) -> Iterator[Row]:
             yield task
 
 
-def config_of(here: Attached) -> ProjectConfig | None:
+def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> ProjectConfig | None:
     """What the label config means now; None if it cannot be used."""
     try:
-        return parse(here.studio.project(here.id)["label_config"], recorded=here.note)
+        return parse(studio.label_config(project), recorded=note)
     except ConfigError:
         return None
 
@@ -213,7 +215,7 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
     Raises:
         AttachRefused: nobody has said which, or no file was named.
     """
-    config = config_of(here)
+    config = here.config
     count = sum(len(answers_of(here, task, config)) for task in here.answers)
     if not count:
         return
@@ -268,7 +270,7 @@ def names_of(annotation: Row) -> list[tuple[Any, Any]]:
 def answers_to_file(here: Attached, file: Path) -> Iterator[str]:
     """Save all coarse answers, look whether they are there, then delete them one by one unless they have changed."""
     write_answers([*answer_rows(here), *saved_before(here, file)], file)
-    config = config_of(here)
+    config = here.config
     for task in progress(here.answers):
         if isinstance(task, str):
             yield task
@@ -349,7 +351,7 @@ def export_answers(
 
 def answer_rows(here: Attached) -> list[dict[str, Any]]:
     """All coarse answers as Label Studio's own JSON export would have them."""
-    config = config_of(here)
+    config = here.config
     tasks = here.answers
     return [{"id": task["id"], "data": task["data"], "annotations": answers_of(here, task, config)} for task in tasks]
 
@@ -447,7 +449,7 @@ def park(here: Attached, predictions: Sequence[int]) -> list[str]:
 
 def image_keys(here: Attached) -> list[str]:
     """The keys that a task's data must have."""
-    config = config_of(here)
+    config = here.config
     return [config.image_key] if config else ["image"]
 
 
