@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 from redis import Redis
+from redis.exceptions import ResponseError
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
 from rq.job import Dependency, Job, JobStatus
@@ -297,8 +298,10 @@ class Board:
         when = self.redis.get(_key(project, "retry"))
         if not isinstance(when, bytes) or float(when) > time.time() or self.busy(project):
             return False
-        if not self.redis.delete(_key(project, "retry")):
-            return False  # another process was quicker
+        try:
+            self.redis.rename(_key(project, "retry"), _key(project, "again"))
+        except ResponseError:  # no such key: another process was quicker
+            return False
         self.request_round(project, "another try")
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,19 @@ class Team:
 
     def wait(self, after: int = 0) -> int:
         return self.backend.wait(self.id, after)
+
+    def settle(self, seconds: float = 120) -> None:
+        """Wait until nothing is left to do, and no round waits for its next try: at two looks in a row."""
+        board, until, quiet = self.backend.context.board, time.monotonic() + seconds, 0
+        while quiet < 2:
+            waits = board.redis.exists(f"firstrow:{self.id}:retry") or board.wished(self.id) or board.busy(self.id)
+            quiet = 0 if waits else quiet + 1
+            assert time.monotonic() < until, (board.error(self.id), board.jobs(self.id), self.log())
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        """The end of the worker's log."""
+        return (self.backend.folder / "worker-gpu-default.log").read_text()[-4000:]
 
     @property
     def config(self) -> ProjectConfig:

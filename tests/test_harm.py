@@ -45,19 +45,6 @@ def team(
         yield team
 
 
-def settle(team: Team, seconds: float = 120) -> None:
-    """Wait until nothing is left to do, and no round waits for its next try."""
-    board, until = team.backend.context.board, time.monotonic() + seconds
-    while board.busy(team.id) or board.wished(team.id) or board.redis.exists(f"firstrow:{team.id}:retry"):
-        assert time.monotonic() < until, (board.error(team.id), board.jobs(team.id), log_of(team.backend))
-        time.sleep(0.05)
-
-
-def log_of(backend: Backend) -> str:
-    """The end of the worker's log."""
-    return (backend.folder / "worker-gpu-default.log").read_text()[-4000:]
-
-
 def picture_of(team: Team) -> dict[str, Any]:
     """All that a round leaves, as far as it does not change from one round to the next."""
     project, store = team.project, team.project.store
@@ -110,9 +97,9 @@ def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes]) -> No
     before, number = picture_of(team), team.backend.round(team.id)
     assert 0 not in [harm(team, kind, how) for kind in kinds]
     board.request_round(team.id, "test", train=True)  # loads the network, so that its checkpoint is looked at
-    settle(team)
+    team.settle()
     after = picture_of(team)
-    assert after == before, log_of(team.backend)
+    assert after == before, team.log()
     assert board.error(team.id) is None
     assert team.backend.round(team.id) > number
     served = team.studio.project(team.id)["model_version"]
@@ -130,7 +117,7 @@ def test_empty_files_and_zeros_of_every_kind_at_once(team: Team, how: Callable[[
 
 
 def test_a_lost_event_is_made_good_within_seconds(team: Team) -> None:
-    settle(team)
+    team.settle()
     hooks = team.studio.webhooks(team.id)
     for hook in hooks:
         team.studio.patch_webhook(hook["id"], is_active=False, url=hook["url"])
@@ -139,7 +126,7 @@ def test_a_lost_event_is_made_good_within_seconds(team: Team) -> None:
             before, began = team.backend.round(team.id), time.monotonic()
             change(team)
             team.backend.wait(team.id, before, 60)
-            settle(team)
+            team.settle()
             assert time.monotonic() - began < 30
     finally:
         for hook in hooks:
@@ -170,7 +157,7 @@ def erase(team: Team) -> None:
 
 
 def test_a_lost_change_of_the_label_config_is_noticed(team: Team) -> None:
-    settle(team)
+    team.settle()
     hooks = team.studio.webhooks(team.id)
     for hook in hooks:
         team.studio.patch_webhook(hook["id"], is_active=False, url=hook["url"])
@@ -180,14 +167,14 @@ def test_a_lost_change_of_the_label_config_is_noticed(team: Team) -> None:
     while 'class="new"' not in team.project.store.read_json(team.project.key("config.json"))["label_config"]:
         assert time.monotonic() < until
         time.sleep(0.1)
-    settle(team)
+    team.settle()
     team.studio.patch_project(team.id, label_config=config)
     for hook in hooks:
         team.studio.patch_webhook(hook["id"], is_active=True, url=hook["url"])
 
 
 def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> None:
-    settle(team)
+    team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)
     segment(team)
     until = time.monotonic() + 30
@@ -201,7 +188,7 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
         time.sleep(0.1)
     team.backend.wait(team.id, before, 60)
     assert time.monotonic() - began < 40
-    settle(team)
+    team.settle()
     assert [r.stage for r in team.project.index().values()].count("full") == len(trained(team))
 
 
@@ -217,7 +204,7 @@ STEPS = ALL_STEPS if "FIRSTROW_SOAK" in os.environ else ("prepare", "publish")
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str) -> None:
-    settle(team)
+    team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)
     task = next(iter(team.masks))
     wanted = label_anew(team, task)
@@ -226,9 +213,9 @@ def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str) -
     began = time.monotonic()
     team.backend.context.board.clear_error(team.id)
     while team.backend.round(team.id) <= before:
-        assert time.monotonic() - began < 90, (board.jobs(team.id), log_of(team.backend))
+        assert time.monotonic() - began < 90, (board.jobs(team.id), team.log())
         time.sleep(0.05)
-    settle(team)
+    team.settle()
     log.info("%s: next order %.1f s after the kill", step, time.monotonic() - began)
     assert team.project.index()[task].annotation == wanted
     assert str(task) in trained(team)
@@ -324,7 +311,7 @@ def slow(
 
 
 def test_orders_come_though_every_answer_takes_two_seconds(slow: Team) -> None:
-    settle(slow)
+    slow.settle()
     before, began = slow.backend.round(slow.id), time.monotonic()
     Slow.asked.clear()
     Slow.delay = 2.0
@@ -339,19 +326,19 @@ def test_orders_come_though_every_answer_takes_two_seconds(slow: Team) -> None:
 
 
 def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slow: Team) -> None:
-    settle(slow, 240)
+    slow.settle(240)
     board, before = slow.backend.context.board, slow.project.state()
     Slow.refused = f"PATCH /api/projects/{slow.id}/"
     segment(slow)
     until = time.monotonic() + 60
     while (board.error(slow.id) or {}).get("step") != "publish":
-        assert time.monotonic() < until, log_of(slow.backend)
+        assert time.monotonic() < until, slow.log()
         time.sleep(0.05)
     assert slow.project.state() == before
     assert board.state(slow.id)["round"] == before["round"]
     assert slow.studio.project(slow.id)["model_version"] == before["queue"]
     Slow.refused = ""
-    settle(slow)
+    slow.settle()
     state = slow.project.state()
     assert state["round"] >= before["round"] + 2, "the number of the round that failed is not used again"
     assert slow.studio.project(slow.id)["model_version"] == state["queue"]
@@ -359,14 +346,14 @@ def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slo
 
 
 def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
-    settle(slow)
+    slow.settle()
     before = slow.backend.round(slow.id)
     Slow.refused = "PATCH /api/ml/"
     segment(slow)
     slow.backend.wait(slow.id, before, 60)
     until = time.monotonic() + 60
-    while "cleaning up is put off" not in log_of(slow.backend):
-        assert time.monotonic() < until, log_of(slow.backend)
+    while "cleaning up is put off" not in slow.log():
+        assert time.monotonic() < until, slow.log()
         time.sleep(0.05)
     Slow.refused = ""
     assert slow.backend.context.board.error(slow.id) is None

@@ -356,6 +356,7 @@ def test_detach_asks_what_becomes_of_coarse_labels(
     team = Team(make_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     before = around(team)
     coarse_answers(team)
+    team.settle()
     attached, made = around(team), annotations(team)
     assert run(team, "detach", "--project", str(team.id)) == 1
     assert "--coarse keep" in capsys.readouterr().err
