@@ -237,24 +237,20 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None) -> It
     yield Undo(
         f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids and times (what "
         "earlier releases had deleted gets new ones). That they began from a prelabel of ours is forgotten.",
-        lambda: answers_back(here),
+        lambda: one_by_one(here.answers, partial(answers_back, here)),
     )
 
 
-def answers_back(here: Attached) -> Iterator[str]:
-    """Give back each coarse answer that was set aside, then delete its copies."""
-    for task in progress(here.answers):
-        if isinstance(task, str):
-            yield task
-            continue
-        for copy in copies_of(task):
-            original, annotation = original_of(copy), held(task, copy, here.keeper)
-            if annotation is not None:
-                give_back(here.studio, int(annotation["id"]), original)
-            elif not any(same_answer(row, original) for row in task["annotations"]):
-                by = author(original)
-                here.studio.create_annotation(task["id"], original["result"], **({"completed_by": by} if by else {}))
-            here.studio.delete_prediction(int(copy["id"]))
+def answers_back(here: Attached, task: Row) -> None:
+    """Give back the coarse answers of a task that were set aside, then delete their copies."""
+    for copy in copies_of(task):
+        original, annotation = original_of(copy), held(task, copy, here.keeper)
+        if annotation is not None:
+            give_back(here.studio, int(annotation["id"]), original)
+        elif not any(same_answer(row, original) for row in task["annotations"]):
+            by = author(original)
+            here.studio.create_annotation(task["id"], original["result"], **({"completed_by": by} if by else {}))
+        here.studio.delete_prediction(int(copy["id"]))
 
 
 def same_answer(annotation: Row, original: Row) -> bool:
@@ -270,18 +266,18 @@ def names_of(annotation: Row) -> list[tuple[Any, Any]]:
 def answers_to_file(here: Attached, file: Path) -> Iterator[str]:
     """Save all coarse answers, look whether they are there, then delete them one by one unless they have changed."""
     write_answers([*answer_rows(here), *saved_before(here, file)], file)
-    config = here.config
-    for task in progress(here.answers):
-        if isinstance(task, str):
-            yield task
-            continue
-        saved = {row["id"]: digest(row) for row in answers_of(here, task, config) if "id" in row}
-        gone = [delete_if_same(here.studio, number, content) for number, content in saved.items()]
-        if all(gone):
-            for copy in copies_of(task):
-                here.studio.delete_prediction(int(copy["id"]))
-        else:
-            yield f"Task {task['id']}: its coarse labels were changed meanwhile and stay; detach once more."
+    yield from one_by_one(here.answers, partial(delete_answers, here))
+
+
+def delete_answers(here: Attached, task: Row) -> str | None:
+    """Delete the coarse answers of a task, which are in a file; a sentence where one was changed since."""
+    saved = {row["id"]: digest(row) for row in answers_of(here, task, here.config) if "id" in row}
+    gone = [delete_if_same(here.studio, number, content) for number, content in saved.items()]
+    if not all(gone):
+        return f"Task {task['id']}: its coarse labels were changed meanwhile and stay; detach once more."
+    for copy in copies_of(task):
+        here.studio.delete_prediction(int(copy["id"]))
+    return None
 
 
 def saved_before(here: Attached, file: Path) -> list[dict[str, Any]]:
@@ -541,9 +537,10 @@ def delete_keeper(here: Attached, keeper: int) -> Iterator[str]:
         yield "Kept the account: only the organisation's owner may delete it."
 
 
-def progress(tasks: Sequence[Row]) -> Iterator[Row | str]:
-    """The tasks, and between them how far it is."""
+def one_by_one(tasks: Sequence[Row], change: Callable[[Row], str | None]) -> Iterator[str]:
+    """Change one task after another; gives what there is to say of one, and how far it is."""
     for number, task in enumerate(tasks, 1):
-        yield task
+        if said := change(task):
+            yield said
         if number % PAGE == 0:
             yield f"  {number} of {len(tasks)} tasks"
