@@ -89,15 +89,24 @@ def commented(row: Row) -> bool:
     return any(bool(row.get(name)) for name in ("comment_count", "unresolved_comment_count", "comments"))
 
 
-def was_asked(task: Row, config: ProjectConfig, ours: re.Pattern[str]) -> bool:
-    """Whether Label Studio still holds a prediction of ours that showed clusters of a task.
+def was_asked(task: Row, config: ProjectConfig, ours: re.Pattern[str], since: str) -> bool:
+    """Whether Label Studio still shows that a task was served with clusters.
+
+    A prediction of ours tells it, and where that is deleted by now, regions of an annotation that came from one.
 
     Args:
-        task: with its predictions.
+        task: with its annotations and predictions.
         config: the project's controls.
         ours: versions of our predictions.
+        since: when our ML backend was connected, in Label Studio's time.
     """
-    return any(
+    answered = any(
+        isinstance(meta := region.get("meta"), Mapping) and "cluster" in meta
+        for annotation in task.get("annotations") or []
+        if since and str(annotation.get("created_at", "")) >= since
+        for region in annotation.get("result") or []
+    )
+    return answered or any(
         is_vote(region, config)
         for prediction in task.get("predictions") or []
         if ours.fullmatch(str(prediction.get("model_version"))) or prediction.get("model_version") == COARSE_COPY

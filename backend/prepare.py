@@ -148,7 +148,7 @@ def votes_of(
 ) -> NDArray[np.int64]:
     """(k,) what one task's labels say about each cluster; clusters that hardly occur in it say nothing."""
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
-    if labels is None or own is None:
+    if labels is None or own is None or labels.shape != own.shape:  # of another picture: one of them is made anew
         return np.full(DEFAULT_K, UNKNOWN)
     return np.asarray(image_votes(labels, own, DEFAULT_K, len(config.classes.coarse)), np.int64)
 
@@ -158,11 +158,11 @@ def target_of(
 ) -> NDArray[np.uint8] | None:
     """(H, W) pseudo ground truth of a pool task as rows of `Classes.sets`; None before it has clusters."""
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
+    own = project.own_coarse(record, config)
     if labels is None:
         return None
-    return np.asarray(
-        pseudo_ground_truth(labels, decided, project.own_coarse(record, config), config.classes), np.uint8
-    )
+    own = own if own is not None and own.shape == labels.shape else None
+    return np.asarray(pseudo_ground_truth(labels, decided, own, config.classes), np.uint8)
 
 
 def histograms(records: Iterable[TaskRecord], clusters: str) -> NDArray[np.int64]:

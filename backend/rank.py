@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from backend.coarse_answers import SKIPS
 from backend.context import Context
+from backend.faults import concerns_all
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, network_key
 from backend.prepare import clusters_name, histograms
@@ -19,6 +21,8 @@ from backend.score import COLUMNS, Scores, read_scores
 from model.classes import MIXED, UNKNOWN
 from model.clusters import cover, vegetation_guess
 from model.strategies import STRATEGIES, Pool, Ranking
+
+log = logging.getLogger(__name__)
 
 #: Coarse labels stop being asked for when clusters nobody named cover less than this share of the pool's pixels.
 UNDECIDED = 0.02
@@ -139,11 +143,24 @@ def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectC
     seen = project.prediction(key, record.id, config.classes.fine) if is_trained(ctx, key) else None
     green = None
     if seen is None and len(config.classes.coarse) == 2:
-        image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
-        green = vegetation_guess(image, labels, len(decided))
+        green = greenness(ctx, project, record, labels, len(decided))
     fine = None if seen is None else seen[0]
     each = [guess(k, decided, labels, fine, green, config) for k in range(len(decided))]
     return [(config.classes.coarse[coarse], sure) for coarse, sure in each]
+
+
+def greenness(
+    ctx: Context, project: Project, record: TaskRecord, labels: NDArray[np.uint8], k: int
+) -> NDArray[np.floating[Any]] | None:
+    """(k,) how green each cluster of a task is; None where its image cannot be had any more."""
+    try:
+        image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
+        return vegetation_guess(image, labels, k)
+    except Exception as error:
+        if concerns_all(error, ctx.studio):
+            raise
+        log.warning("project %d, task %d: nothing is guessed of its clusters: %s", project.id, record.id, error)
+        return None
 
 
 def guess(

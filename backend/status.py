@@ -17,8 +17,8 @@ from backend.errors import FirstRowError
 from backend.project import Index, Project
 from backend.worker import alive
 
-#: Places of the queue, and unusable tasks, that are shown.
-SHOWN, SHOWN_UNUSABLE = 10, 20
+#: Places of the queue, and unusable tasks, that are shown in a terminal; as JSON all of the latter are.
+SHOWN, SHOWN_UNUSABLE = 10, 50
 
 
 def status(ctx: Context, project: int) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
         the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
         in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
-        `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the first `tasks` by
-        id: task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
+        `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the `tasks` by id:
+        task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
         None when all is well), `missing` (what `attach` would still add).
 
     Raises:
@@ -82,11 +82,9 @@ def labels(project: Project, index: Index) -> list[dict[str, Any]]:
 
 
 def unusable(index: Index) -> dict[str, Any]:
-    """Tasks that take no part: how many, and why, of the first."""
+    """Tasks that take no part: how many, and why."""
     faulty = [index[i] for i in sorted(index) if index[i].error]
-    rows = [
-        {"task": r.id, "reason": r.error, "tries": r.tries, "next_try": r.next_try} for r in faulty[:SHOWN_UNUSABLE]
-    ]
+    rows = [{"task": r.id, "reason": r.error, "tries": r.tries, "next_try": r.next_try} for r in faulty]
     return {"count": len(faulty), "tasks": rows}
 
 
@@ -108,8 +106,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     if found["jobs"]:
         console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
     if found["unusable"]["count"]:
-        title = f"Unusable tasks ({len(found['unusable']['tasks'])} of {found['unusable']['count']})"
-        console.print(_table(title, ["task", "why, and what to do", "next try"], _faults(found["unusable"]["tasks"])))
+        rows = found["unusable"]["tasks"][:SHOWN_UNUSABLE]
+        title = f"Unusable tasks ({len(rows)} of {found['unusable']['count']})"
+        console.print(_table(title, ["task", "why, and what to do", "next try"], _faults(rows)))
     workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]
     if workers:
         console.print(_table("Workers", ["name", "queues", "state"], workers))

@@ -137,7 +137,7 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         raise
     check_results(task)
     task = return_what_changed(ctx, project, task)
-    asked = record.asked or was_asked(task, config, OURS)
+    asked = record.asked or was_asked(task, config, OURS, str(project.extra().get("since", "")))
     fresh = {"image": image_value(task, config), "updated_at": task.get("updated_at", ""), "error": "", "lost": ()}
     tries = record.tries if fresh["updated_at"] == record.updated_at else 0
     record = replace(record, **fresh, coarse=False, asked=asked, tries=tries)

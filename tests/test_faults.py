@@ -30,7 +30,7 @@ from backend.labelstudio import LabelStudio
 from backend.learn import model_info, train_round
 from backend.prepare import clusters_name
 from backend.project import Project, TaskRecord
-from backend.status import SHOWN_UNUSABLE, show, status, unusable
+from backend.status import show, status, unusable
 from model.data import ImageError
 from model.training import Recipe
 
@@ -110,13 +110,13 @@ def test_an_error_of_label_studio_is_a_tasks_own_where_others_are_answered(label
     assert concerns_all(LabelStudioError("no key", status=401), label_studio)
 
 
-def test_status_names_the_first_of_many() -> None:
+def test_status_names_every_one() -> None:
     index = {n: with_error(TaskRecord(n), MaskError(f"task {n}: redraw it")) for n in range(1, 26)} | {
         99: TaskRecord(99)
     }
     rows = unusable(index)
     assert rows["count"] == 25
-    assert [row["task"] for row in rows["tasks"]] == list(range(1, 1 + SHOWN_UNUSABLE))
+    assert [row["task"] for row in rows["tasks"]] == list(range(1, 26))
     assert due_tasks(index) == set()
 
 

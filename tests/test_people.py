@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from backend.connection import keeper_address
 from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
+from backend.project import TaskRecord
 from backend.publish import reopen, set_aside
 from backend.status import status
 from backend.sync import read_task, refresh_config
@@ -237,6 +239,39 @@ def test_updates_at_the_very_moment_are_never_lost(share_backend: Share, picture
     [last] = team.studio.task(task["id"], team.id)["annotations"]
     missed = team.backend.context.board.missed_update(given["id"])
     assert acknowledged[-1] in (last["result"], (missed or {}).get("result")), "the last save is there"
+
+
+def test_what_was_asked_is_known_when_predictions_and_index_are_gone(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    team.attach()
+    task, last = answer(team)["id"], team.backend.round(team.id)
+    team.wait(last)
+    team.settle()
+    assert team.project.index()[task].callable
+    for version in team.studio.versions(team.id):  # as two days and the cleaning leave it
+        if version.startswith("first-row"):
+            team.studio.delete_version(team.id, version)
+    team.project.store.delete(team.project.key("index.json"))
+    record = read_task(
+        team.backend.context, team.project, refresh_config(team.backend.context, team.project), TaskRecord(task)
+    )
+    assert record is not None
+    assert (record.stage, record.asked, record.callable) == ("coarse", True, True)
+
+
+def test_a_picture_that_goes_while_its_clusters_are_asked_costs_no_order(
+    share_backend: Share, pictures: Pictures, services_folder: Path
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), dict(list(pictures.items())[:5]))
+    before = team.attach()
+    team.settle()
+    asked = next(int(task) for task in team.backend.context.board.state(team.id)["coarse"])
+    name = team.studio.task(asked, team.id)["data"]["picture"].rpartition("/")[2]
+    next(services_folder.rglob(name)).unlink()
+    shutil.rmtree(team.backend.environment["FIRSTROW_CACHE"])
+    [added] = team.studio.upload(team.id, [list(pictures)[7]])
+    team.wait(before)
+    assert added in team.ranking()
 
 
 def test_a_slip_of_a_key_leaves_a_cluster_a_vote(share_backend: Share, pictures: Pictures) -> None:
