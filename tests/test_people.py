@@ -19,7 +19,7 @@ from team import GROUPS, SEG, Team, stages
 from backend.annotator import prelabel, shown_prediction
 from backend.attach import apply, plan
 from backend.cli import main
-from backend.coarse_answers import copies_of, digest, original_of
+from backend.coarse_answers import copies_of, digest, may_be_set_aside, original_of
 from backend.connection import keeper_address
 from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
@@ -122,43 +122,29 @@ def test_a_coarse_answer_is_set_aside_and_nothing_of_it_is_lost(
         person.create_annotation(now["id"], team.annotator().full_result(now["id"]))
 
 
-@pytest.mark.parametrize("why", ["choice beside it", "ground truth", "made before", "drawn by hand"])
-def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictures: Pictures, why: str) -> None:
+def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
     team.studio.patch_project(team.id, label_config=WITH_CHOICE)
     team.attach()
-    served = team.studio.next_task(team.id)
-    assert served is not None
-    regions = prelabel(served)
-    more: dict[str, Any] = {}
-    if why == "choice beside it":
-        regions = [*regions, CHOICE]
-    if why == "ground truth":
-        more = {"ground_truth": True}
-    target = served["id"]
-    if why == "drawn by hand":  # on a task that we did not ask coarsely
-        target = team.ranking()[-1]
-        regions = [
-            {**{k: v for k, v in region.items() if k != "meta"}, "id": f"r{n}"} for n, region in enumerate(regions)
-        ]
-    made = team.studio.create_annotation(target, regions, **more)
-    record = read(team, target)
-    assert record.stage == "coarse"
-    if why == "made before":
-        ctx = team.backend.context
-        extra = {**team.project.extra(), "since": "2999-01-01T00:00:00Z"}
-        team.project.save_config(team.project.label_config(), extra)
-        record = read_task(ctx, team.project, team.project.config(), record)
-    assert record is not None
-    assert not record.callable
-    last = team.backend.round(team.id)
-    answer(team)
-    team.wait(last)
-    if why != "made before":
-        row = next(row for row in team.studio.task(target, team.id)["annotations"] if row["id"] == made["id"])
-        assert lasting(row) == lasting(made)
+    beside, truth = team.ranking()[:2]
+    drawn = team.ranking()[-1]  # on a task that we did not ask coarsely
+    regions = {task: prelabel(team.studio.task(task, team.id)) for task in (beside, truth)}
+    plain = [{**{k: v for k, v in r.items() if k != "meta"}, "id": f"r{n}"} for n, r in enumerate(regions[beside])]
+    made = {
+        beside: team.studio.create_annotation(beside, [*regions[beside], CHOICE]),
+        truth: team.studio.create_annotation(truth, regions[truth], ground_truth=True),
+        drawn: team.studio.create_annotation(drawn, plain),
+    }
+    team.settle()
+    for task in made:
+        record = read(team, task)
+        assert (record.stage, record.callable) == ("coarse", False)
+    team.coarse()
+    for task, was in made.items():
+        [row] = team.studio.task(task, team.id)["annotations"]
+        assert lasting(row) == lasting(was)
         assert not row["was_cancelled"]
-        assert target not in team.ranking()
+        assert task not in team.ranking()
 
 
 def test_an_update_before_it_is_set_aside_stays(share_backend: Share, pictures: Pictures) -> None:
@@ -257,6 +243,10 @@ def test_what_was_asked_is_known_when_predictions_and_index_are_gone(share_backe
     )
     assert record is not None
     assert (record.stage, record.asked, record.callable) == ("coarse", True, True)
+    row, config, keeper = team.studio.task(task, team.id), team.config, int(team.project.extra()["keeper"])
+    [given] = [original_of(copy) for copy in copies_of(row)] or row["annotations"]
+    assert may_be_set_aside(row, given, config, given["created_at"], keeper)
+    assert not may_be_set_aside(row, given, config, "2999-01-01T00:00:00Z", keeper), "it was made before `attach`"
 
 
 def test_a_picture_that_goes_while_its_clusters_are_asked_costs_no_order(
