@@ -14,10 +14,11 @@ import pytest
 from conftest import Backend
 from moto.server import ThreadedMotoServer
 
+from backend import generations, publish
 from backend.attach import apply, plan
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
-from backend.generations import AT_ONCE, remove
+from backend.generations import remove
 from backend.project import TaskRecord
 from backend.rank import Place
 from backend.score import scored
@@ -60,15 +61,10 @@ def project_of(backend: Backend, pictures: dict[Path, object], tasks: int) -> in
     return project
 
 
-@pytest.mark.parametrize("workers", [2, 4])
 def test_workers_share_the_shards_of_a_round_over_s3(
-    make_backend: Callable[..., Backend],
-    pictures: dict[Path, object],
-    bucket: dict[str, str],
-    tmp_path: Path,
-    workers: int,
+    make_backend: Callable[..., Backend], pictures: dict[Path, object], bucket: dict[str, str], tmp_path: Path
 ) -> None:
-    store = {**bucket, "FIRSTROW_STORE": f"s3://firstrow/{workers}"}
+    workers, store = 3, {**bucket, "FIRSTROW_STORE": "s3://firstrow/shared"}
     backend = make_backend(False, FIRSTROW_COARSE_TASKS="0", FIRSTROW_IMAGE_SIZE="64", **store)
     project = project_of(backend, pictures, TASKS)
     with ExitStack() as stack:
@@ -80,10 +76,10 @@ def test_workers_share_the_shards_of_a_round_over_s3(
             processes.append(stack.enter_context(start_worker(folder, alone)))
         wait_for(lambda: len(Board(backend.environment["REDIS_URL"]).redis.smembers("rq:workers")) == workers)
         backend.context.board.request_round(project, "test")
-        if workers == 2:  # one dies in the middle of a shard
-            wait_for(lambda: any("prepare" in log and "started" in log for log in texts(folders[:1])))
-            for child in psutil.Process(processes[0].pid).children():
-                child.kill()
+        # One dies in the middle of a shard.
+        wait_for(lambda: any("prepare" in log and "started" in log for log in texts(folders[:1])))
+        for child in psutil.Process(processes[0].pid).children():
+            child.kill()
         backend.wait(project)
         here, config = backend.context.project(project), backend.context.project(project).config()
         assert len(scored(backend.context, here, config, here.index())) == TASKS
@@ -124,11 +120,10 @@ def test_projects_take_turns(database_url: str) -> None:
 def test_a_large_order_changes_at_its_head_and_goes_gently(
     make_backend: Callable[..., Backend], pictures: dict[Path, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backend import publish
-
     monkeypatch.setattr(publish, "SMALL", 10)
+    monkeypatch.setattr(generations, "AT_ONCE", 40)
     backend = make_backend(False, FIRSTROW_COARSE_TASKS="0")
-    ctx, tasks = backend.context, AT_ONCE + 20
+    ctx, tasks = backend.context, 70
     project = ctx.project(project_of(backend, pictures, tasks))
     publish_order, ids = publish.publish_order, [int(row["id"]) for row in ctx.studio.tasks(project.id)]
     config = refreshed(backend, project.id)
