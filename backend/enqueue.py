@@ -134,32 +134,42 @@ class Board:
         """Forget the ids handed out by `take`: the index holds their effect now."""
         self.redis.delete(_key(project, "changed:taken"), _key(project, "deleted:taken"))
 
-    def expect_own_update(self, annotation: int, content: str) -> None:
-        """Say that we are about to change fields of an annotation, but not its regions.
+    def expect_own_update(self, project: int, annotation: int, content: str, seen: str) -> None:
+        """Say that we are about to change an annotation.
 
         Args:
+            project: Label Studio's project id.
             annotation: Label Studio's annotation id.
-            content: digest of its regions.
+            content: digest of the regions that it has then.
+            seen: when it was changed last, in Label Studio's time.
         """
-        self.redis.delete(f"firstrow:update:{annotation}")
-        self.redis.set(f"firstrow:ours:{annotation}", content, ex=OURS)
+        self.redis.set(_ours(project, annotation), orjson.dumps({"content": content, "seen": seen}), ex=OURS)
 
-    def own_update(self, annotation: int) -> str:
-        """Digest of the regions of an annotation that we have changed lately; empty for any other."""
-        value = self.redis.get(f"firstrow:ours:{annotation}")
-        return value.decode() if isinstance(value, bytes) else ""
+    def own_update_is_done(self, project: int, annotation: int, done: str) -> None:
+        """Say when Label Studio wrote our change of an annotation, in its own time."""
+        said = {**self.own_update(project, annotation), "done": done}
+        self.redis.set(_ours(project, annotation), orjson.dumps(said), ex=OURS)
 
-    def keep_update(self, annotation: int, row: Mapping[str, Any]) -> None:
-        """Keep what a person saved in an annotation while we were changing it: Label Studio may have lost it."""
-        self.redis.set(f"firstrow:update:{annotation}", orjson.dumps(row), ex=KEEP_UPDATE)
+    def own_update(self, project: int, annotation: int) -> dict[str, str]:
+        """Our last change of an annotation: `content`, `seen` and `done`; empty for most."""
+        value = self.redis.get(_ours(project, annotation))
+        return dict(orjson.loads(value)) if isinstance(value, bytes) else {}
 
-    def forget_update(self, annotation: int) -> None:
-        """What `keep_update` kept is in Label Studio again, and the annotation is no longer one that we change."""
-        self.redis.delete(f"firstrow:update:{annotation}", f"firstrow:ours:{annotation}")
+    def keep_update(self, project: int, annotation: int, row: Mapping[str, Any]) -> None:
+        """Keep what a person saved last in an annotation while we were changing it: Label Studio may have lost it."""
+        before = self.missed_update(project, annotation)
+        if before is not None and str(before.get("updated_at")) > str(row.get("updated_at")):
+            return
+        self.redis.set(_missed(project, annotation), orjson.dumps(row), ex=KEEP_UPDATE)
+        self.redis.expire(_ours(project, annotation), KEEP_UPDATE)
 
-    def missed_update(self, annotation: int) -> dict[str, Any] | None:
+    def forget_missed_update(self, project: int, annotation: int) -> None:
+        """What `keep_update` kept is in Label Studio."""
+        self.redis.delete(_missed(project, annotation))
+
+    def missed_update(self, project: int, annotation: int) -> dict[str, Any] | None:
         """What `keep_update` kept of an annotation; None for most."""
-        value = self.redis.get(f"firstrow:update:{annotation}")
+        value = self.redis.get(_missed(project, annotation))
         return dict(orjson.loads(value)) if isinstance(value, bytes) else None
 
     # -- rounds -------------------------------------------------------------------------------------------
@@ -642,6 +652,14 @@ def _stops(key: bytes) -> bool:
 
 def _key(project: int, name: str) -> str:
     return f"firstrow:{project}:{name}"
+
+
+def _ours(project: int, annotation: int) -> str:
+    return _key(project, f"ours:{annotation}")
+
+
+def _missed(project: int, annotation: int) -> str:
+    return _key(project, f"missed:{annotation}")
 
 
 def _rows(name: str) -> str:
