@@ -34,8 +34,8 @@ def team(
     studio: Studio, redis_url: str, tmp_path_factory: pytest.TempPathFactory, pictures: Pictures
 ) -> Iterator[Team]:
     """A project with coarse and full labels, and a backend of its own."""
-    with ExitStack() as stack:
-        backend = Backends(studio, redis_url, tmp_path_factory.mktemp("harm"), stack).start(FIRSTROW_COARSE_TASKS="1")
+    with Backends(studio, redis_url, tmp_path_factory.mktemp("harm")) as backends:
+        backend = backends.start(FIRSTROW_COARSE_TASKS="1")
         team = Team(backend, dict(list(pictures.items())[:5]))
         team.attach()
         before = team.coarse()
