@@ -63,7 +63,7 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
             if name == "clean":
                 log.warning("project %d: cleaning up is put off: %s", project, reason, exc_info=not known)
                 return
-            if name == "reconcile":
+            if name == "reconcile" and heals(error):
                 ctx.board.uncounted(project)
             ctx.board.fail(project, name, reason)
             ctx.board.abandon(project, name, holder if isinstance(holder, int | str) else None, heals(error))
