@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -371,6 +372,29 @@ def test_a_worker_signs_in_while_label_studio_lets_it_wait(board: Board, redis_u
             until(lambda: len(times) >= before + 3)
             assert watching.thread.is_alive()
     watching.end()
+
+
+def test_no_worker_signs_in_after_its_good_bye(board: Board) -> None:
+    leaving, done = worker.ResidentWorker(board, ["gpu"], "leaving", 900), threading.Event()
+
+    def sign_in() -> None:
+        while not done.is_set():
+            leaving.sign_in()
+
+    threads = [threading.Thread(target=sign_in) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            leaving.register_birth()
+            assert worker.alive(board)
+            leaving.register_death()
+            time.sleep(0.01)
+            assert worker.alive(board) == []
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
