@@ -18,7 +18,7 @@ from backend.connection import digest, our_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
-from backend.faults import due_tasks
+from backend.faults import due_tasks, in_turn
 from backend.generations import clean_generations, unfinished
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
@@ -100,7 +100,7 @@ def start_round(ctx: Context, project: Project, token: str) -> None:
         after = [ctx.board.enqueue("fit_codebook", project.id, number)]
     again = {r.id for r in index.values() if r.error} if forced else due_tasks(index)
     read |= again | unread(project, index)
-    todo = sorted(read | unready(ctx, project, index))
+    todo = in_turn(index, read | unready(ctx, project, index))
     shards = []
     for n, ids in enumerate(split(todo, PREPARE_SHARD)):
         records = [index.get(task, TaskRecord(task)) for task in ids]

@@ -210,6 +210,10 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
         time.sleep(0.005)
     board.redis.flushdb()
     began = time.monotonic()
+    for path in ("/setup", "/predict"):
+        url = team.backend.context.settings.url + path
+        said = requests.post(url, json={"project": team.id, "tasks": []}, timeout=9)
+        assert said.status_code == 401, "it has a secret still"
     assert status(team.backend.context, team.id)["workers"], "a worker that works is there for `status`"
     team.backend.wait(team.id, before, 60)
     assert time.monotonic() - began < 30
