@@ -74,12 +74,15 @@ end
 return #names
 """
 
-#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more.
+#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more. A
+#: number of more than ten digits is none of ours: an earlier release took it from somebody's model version.
 NUMBER = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
-local number = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2])) + 1
-redis.call('SET', KEYS[2], number)
-redis.call('SET', KEYS[3], number)
+local last = tonumber(redis.call('GET', KEYS[2]) or 0)
+if last >= 1e10 then last = 0 end
+local number = math.max(last, tonumber(ARGV[2])) + 1
+redis.call('SET', KEYS[2], string.format('%d', number))
+redis.call('SET', KEYS[3], string.format('%d', number))
 return number
 """
 #: Frees the project where the key has this value still.

@@ -14,12 +14,12 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
-from backend.connection import digest, our_backend
+from backend.connection import HIGHEST, digest, our_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
 from backend.faults import due_tasks, in_turn
-from backend.generations import clean_generations, unfinished
+from backend.generations import begin, clean_generations, unfinished
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
@@ -182,6 +182,7 @@ def publish(ctx: Context, project: Project, number: int) -> None:
         index = called
         ctx.board.go_on(project.id)
         project.save_index(index)
+    begin(project, number)
     publish_order(ctx, project, index, config, places, number)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
@@ -315,7 +316,8 @@ def next_number(ctx: Context, project: Project, token: str) -> int:
     known = project.store.read_json(key)
     if known is None:  # lost, or the first round: the names of files tell
         known = max(numbers(project), default=0)
-    least = max(int(known), int(project.state().get("round", 0)), int(project.extra().get("round", 0)))
+    seen = (int(known), int(project.state().get("round", 0)), int(project.extra().get("round", 0)))
+    least = max((number for number in seen if number < 10 * HIGHEST), default=0)
     number = ctx.board.number(project.id, token, least)
     project.store.write_json(key, number)
     return number
