@@ -173,10 +173,10 @@ def score(ctx: Context, project: Project, number: int, shard: int) -> None:
 @step
 def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
-    check_config(ctx, project)
     before, config = project.index(), project.config()
     index = unscored(project, number, before)
     places = rank(ctx, project, index, config)
+    check_config(ctx, project)  # as late as can be: what follows touches people's work
     called = call_back(ctx, project, mark_asked(index, places), places)
     if called != before:
         index = called
