@@ -74,12 +74,15 @@ end
 return #names
 """
 
-#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more.
+#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more. A
+#: number of more than ten digits is none of ours: an earlier release took it from somebody's model version.
 NUMBER = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
-local number = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2])) + 1
-redis.call('SET', KEYS[2], number)
-redis.call('SET', KEYS[3], number)
+local last = tonumber(redis.call('GET', KEYS[2]) or 0)
+if last >= 1e10 then last = 0 end
+local number = math.max(last, tonumber(ARGV[2])) + 1
+redis.call('SET', KEYS[2], string.format('%d', number))
+redis.call('SET', KEYS[3], string.format('%d', number))
 return number
 """
 #: Frees the project where the key has this value still.
@@ -315,6 +318,12 @@ class Board:
         self.request_round(project, "another try")
         return True
 
+    def under_way(self, project: int) -> bool:
+        """Whether a round is in progress or will be tried again. A wish alone is none: that of a round that failed."""
+        return self.busy(project) is not None or (
+            self.wished(project) and bool(self.redis.exists(_key(project, "retry")))
+        )
+
     def wished(self, project: int) -> bool:
         """Whether events or a failed round wait for the next round."""
         return bool(self.redis.exists(_key(project, "again"), _key(project, "changed"), _key(project, "deleted")))
@@ -462,12 +471,17 @@ class Board:
             found.append({**job.meta, "id": job.id, "queue": job.origin, "status": status.value if status else "?"})
         return found
 
+    def reconciling(self, project: int) -> Job | None:
+        """The last comparison with Label Studio that was queued, while its job is there."""
+        name = self.redis.get(_key(project, "reconciling"))
+        return self.job(name.decode()) if isinstance(name, bytes) else None
+
     def reconcile(self, project: int) -> None:
-        """Queue a comparison with Label Studio, unless one waits or runs already."""
+        """Queue a comparison with Label Studio, unless one waits or runs already (a lost one: watch.py)."""
         if self.stopped(project):
             return
-        before = self.redis.get(_key(project, "reconciling"))
-        there = self.job(before.decode()) if isinstance(before, bytes) else None
+        self.redis.sadd("firstrow:projects", project)  # those of the others are not looked after
+        there = self.reconciling(project)
         if there is not None and there.get_status(refresh=False) in LIVE:
             return
         name = f"reconcile-{project}-{uuid.uuid4().hex[:12]}"

@@ -30,7 +30,7 @@ from backend.coarse_answers import (
     uncopied,
     was_asked,
 )
-from backend.connection import OURS, note_of, our_backend
+from backend.connection import HIGHEST, OURS, note_of, our_backend
 from backend.context import Context
 from backend.errors import LabelStudioError, MaskError
 from backend.faults import noted
@@ -63,7 +63,8 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     ours = our_backend(ctx.studio, project.id, ctx.settings)
     names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
-    extra = {"round": max(rounds, default=0), "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
+    highest = max((number for number in rounds if number <= HIGHEST), default=0)
+    extra = {"round": highest, "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
     note = {**note_of(ours), **extra}
     if save:
         before = project.extra()
@@ -146,8 +147,11 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
     check_results(task)
     task = return_what_changed(ctx, project, task)
     asked = record.asked or was_asked(task, config, OURS, str(project.extra().get("since", "")))
-    fresh = {"image": image_value(task, config), "updated_at": task.get("updated_at", ""), "error": "", "lost": ()}
-    tries = record.tries if fresh["updated_at"] == record.updated_at else 0
+    changed, image = task.get("updated_at", ""), image_value(task, config)
+    fresh: dict[str, Any] = {"image": image, "updated_at": changed, "error": "", "lost": ()}
+    tries = record.tries if changed == record.updated_at else 0
+    if image != record.image:
+        fresh |= {"size": (0, 0), "clusters": "", "counts": ()}
     record = replace(record, **fresh, coarse=False, asked=asked, tries=tries)
     record = replace(record, **vars_of_labels(project, task, config, asked))
     try:
@@ -211,8 +215,8 @@ def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectCon
     """Stage, annotation id, version, and whether it may be set aside, of a task by its annotations and predictions."""
     stage, annotation, copy = stage_of(task, config, asked)
     sources = [f"{s['id']}:{s.get('updated_at') or s.get('created_at')}" for s in (annotation, copy) if s]
-    named = ",".join([*sources, config.meaning])
-    version = hashlib.sha1(named.encode()).hexdigest()[:12] if sources else ""
+    named = ",".join([*sources, config.meaning, image_value(task, config)])
+    version = hashlib.sha1(named.encode("utf-8", "surrogatepass")).hexdigest()[:12] if sources else ""
     extra = project.extra()
     since, keeper = str(extra.get("since", "")), int(extra.get("keeper", 0))
     free = [may_be_set_aside(dict(task), row, config, since, keeper) for row in active(dict(task))]

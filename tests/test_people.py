@@ -630,10 +630,8 @@ def test_classes_stay_right_when_the_label_config_changes(
     assert todo.project == team.id, "plain attach accepts it, too"
 
 
-def test_a_config_that_changes_in_mid_round_starts_it_anew(
-    make_backend: Callable[..., Backend], pictures: Pictures
-) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_TRAIN_STEPS="300"), pictures)
+def test_a_config_that_changes_in_mid_round_starts_it_anew(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before = team.attach()
     team.segment(team.ranking()[0])
     board = team.backend.context.board
@@ -645,7 +643,7 @@ def test_a_config_that_changes_in_mid_round_starts_it_anew(
     config = team.project.config()
     assert config.fine.labels == ("weed", "soil", "crop")
     log = "".join(path.read_text() for path in team.backend.folder.glob("worker*.log"))
-    assert "the label config was changed during the round" in log
+    assert f"project {team.id}: the label config was changed during the round" in log
 
 
 def test_one_class_an_empty_pool_and_two_peoples_work(
