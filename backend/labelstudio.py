@@ -145,6 +145,16 @@ class LabelStudio:
         rows = self._listing(project, {}, PAGE, include="id,draft_exists,drafts")
         return {int(row["id"]) for row in rows if row.get("draft_exists") or row.get("drafts")}
 
+    def tasks_annotated_by(self, project: int, user: int) -> set[int]:
+        """Ids of the tasks that have an annotation of this account, skipped ones among them."""
+        rows = self._listing(project, {}, PAGE, include="id,annotators")
+        return {int(row["id"]) for row in rows if user in (row.get("annotators") or [])}
+
+    def drafted(self, task: int) -> set[int]:
+        """Ids of the annotations of a task that somebody has a draft of."""
+        rows = self.http.call("GET", f"/api/tasks/{task}/drafts")
+        return {int(row["annotation"]) for row in rows if row.get("annotation")}
+
     def head(self, project: int) -> set[int]:
         """Ids of the first tasks in the order of the version in force."""
         params = {"project": project, "page": 1, "page_size": FULL_PAGE, "include": "id"}
