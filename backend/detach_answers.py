@@ -174,11 +174,17 @@ def answers_back(here: Attached, task: Row) -> Iterator[str]:
 
 
 def back(here: Attached, annotation: Row, original: Row) -> str:
-    """Give an annotation back to its author; why our account still has it, or nothing."""
-    number = int(annotation["id"])
+    """Give an annotation back to its author; why our account still has it, or nothing.
+
+    Label Studio deletes an annotation's drafts at any change of it: they are made anew, as drafts of the key's user.
+    """
+    number, task, studio = int(annotation["id"]), int(annotation["task"]), here.studio
     try:
-        give_back(here.studio, number, original)
-        now = here.studio.annotation(number)
+        drafts = [row for row in studio.drafts(task) if row.get("annotation") == number]
+        give_back(studio, number, original)
+        for draft in drafts:
+            studio.create_draft(task, number, draft.get("result") or [], float(draft.get("lead_time") or 0))
+        now = studio.annotation(number)
     except LabelStudioError as error:
         if error.status != 404:
             raise
