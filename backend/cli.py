@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import orjson
 from redis import RedisError
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from backend import cli_bench
 from backend.cli_bench import positive
-from backend.errors import FirstRowError
+from backend.errors import AttachRefused, DetachUnfinished, FirstRowError
 from backend.perf import GROUPS
 from backend.settings import Settings
 
@@ -111,6 +112,7 @@ def _detach(parser: argparse.ArgumentParser) -> None:
 def _export_coarse(parser: argparse.ArgumentParser) -> None:
     _project(parser)
     parser.add_argument("--file", type=Path, metavar="PATH", help="(default: coarse-ID.json)")
+    parser.add_argument("--force", action="store_true", help="replace the file where there is one")
     parser.set_defaults(run=_run_export_coarse)
 
 
@@ -177,31 +179,38 @@ def _run_detach(given: argparse.Namespace) -> None:
     from backend.detach import detach, plan_detach
 
     ctx = connect(settings)
-    note = ctx.project(given.project).extra()
+    project = ctx.project(given.project)
+    known: dict[str, Any] = {"note": project.extra(), "kept": list(project.coarse_answers())}
+    wanted = (ctx.studio, given.project, ctx.settings, given.coarse, given.file)
     _say(f"Looking at project {given.project} ...")
+    steps = plan_detach(*wanted, **known, ask=given.dry_run)  # refused before we stop
     if given.dry_run:
-        for step in plan_detach(ctx.studio, given.project, ctx.settings, given.coarse or "keep", given.file, note):
+        for step in steps:
             _say(step.text)
         return
-    plan_detach(ctx.studio, given.project, ctx.settings, given.coarse, given.file, note)  # refused before we stop
     _say("Stop the jobs of this project.")
     if not ctx.board.stop(given.project, STOP_SECONDS):
         _say("A job is still busy with one long step; it will write nothing more.")
-    for sentence in detach(ctx.studio, given.project, ctx.settings, given.coarse, given.file, note):
-        _say(sentence)
+    try:
+        for sentence in detach(*wanted, **known):
+            _say(sentence)
+    except DetachUnfinished:
+        ctx.board.forget(given.project)  # no order of ours any more
+        raise
     ctx.board.forget(given.project)
-    ctx.project(given.project).forget_order()
+    project.forget_order()
 
 
 def _run_export_coarse(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
     from backend.context import connect
-    from backend.detach import export_answers
+    from backend.export_coarse import export_answers
 
     ctx, file = connect(settings), given.file or Path(f"coarse-{given.project}.json")
+    if file.exists() and not given.force:
+        raise AttachRefused(f"{file} is there already: name another file, or replace it with `--force`")
     project = ctx.project(given.project)
-    kept = project.coarse_answers()
-    count = export_answers(ctx.studio, project.id, ctx.settings, project.extra(), kept, file)
+    count = export_answers(ctx.studio, project.id, ctx.settings, project.extra(), project.coarse_answers(), file)
     _say(f"{count} coarse labels of project {given.project} are in {file}.")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from backend.errors import AttachRefused
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
@@ -22,6 +23,8 @@ FIRST_TITLE = "first-row-0"
 TAB = "First Row"
 #: What the first `ordering` entry of our tab is.
 BY_SCORE = "tasks:predictions_score"
+#: How often a note is written before we give up.
+TRIES = 8
 #: Versions of our rank predictions and of our prelabels; a number above the highest is somebody else's.
 OURS = re.compile(r"(first-row|seg)-[0-9]{1,10}")
 HIGHEST = 10**9
@@ -41,7 +44,7 @@ def our_backend(studio: LabelStudio, project: int, settings: Settings) -> Row | 
 
 def ours_among(rows: Sequence[Row], settings: Settings) -> Row | None:
     """Our ML backend among those of a project; None without one."""
-    noted = [row for row in rows if NOTE in (row["extra_params"] or {})]
+    noted = [row for row in rows if isinstance(row["extra_params"], Mapping) and NOTE in row["extra_params"]]
     return next(iter(noted + [row for row in rows if same_url(row["url"], settings.url)]), None)
 
 
@@ -51,9 +54,73 @@ def recorded(studio: LabelStudio, project: int, settings: Settings) -> dict[str,
 
 
 def note_of(backend: Row | None) -> dict[str, Any]:
-    """The note in one of the rows of `ml_backends`."""
-    extra = (backend or {}).get("extra_params") or {}
-    return dict(extra.get(NOTE) or {})
+    """The note in one of the rows of `ml_backends`; without what is not of the form that `attach` writes.
+
+    Any member of the organisation may write there.
+    """
+    extra = (backend or {}).get("extra_params")
+    note = extra.get(NOTE) if isinstance(extra, Mapping) else None
+    good = {name: value for name, value in note.items() if is_noted(name, value)} if isinstance(note, Mapping) else {}
+    if "before" in good:
+        good["before"] = {part: value for part, value in good["before"].items() if BEFORE.get(part, never)(value)}
+    return good
+
+
+def never(_: object) -> bool:
+    """No value is of the right form."""
+    return False
+
+
+def is_noted(name: str, value: object) -> bool:
+    """Whether a part of a note has the form that `attach` writes."""
+    if name == "keeper":
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    if name == "before":
+        return isinstance(value, Mapping) and isinstance(value.get("label_config"), str)
+    if name == "groups":
+        return isinstance(value, Mapping) and all(all_of(str, members) for members in value.values())
+    return name in ("config", "background") and isinstance(value, str | None)
+
+
+def all_of(kind: type, value: object) -> bool:
+    """Whether this is a list of such things."""
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+#: What a note says of the project before us, and which values are of the right form.
+BEFORE: dict[str, Callable[[object], bool]] = {
+    "label_config": lambda value: isinstance(value, str),
+    "model_version": lambda value: isinstance(value, str),
+    "views": lambda value: all_of(int, value),
+    "versions": lambda value: all_of(str, value),
+    "sampling": lambda value: isinstance(value, str),
+    "show_collab_predictions": lambda value: isinstance(value, bool),
+    "evaluate_predictions_automatically": lambda value: isinstance(value, bool),
+}
+
+
+def write_note(
+    studio: LabelStudio, project: int, settings: Settings, note: Mapping[str, Any], **fields: object
+) -> None:
+    """Write our note, and other fields of our ML backend, until they are there.
+
+    Label Studio saves all of an ML backend whenever it has asked for its health, as it was before it asked: a note that
+    is written meanwhile is lost.
+
+    Raises:
+        AttachRefused: our ML backend is gone, or the note is lost again and again.
+    """
+    for _ in range(TRIES):
+        ours = our_backend(studio, project, settings)
+        if ours is None:
+            raise AttachRefused(f"the ML backend of project {project} is gone: run `firstrow attach` again")
+        extra = ours["extra_params"] if isinstance(ours["extra_params"], Mapping) else {}
+        studio.patch_ml(
+            ours["id"], **credentials(settings, project), **fields, extra_params={**extra, NOTE: dict(note)}
+        )
+        if note_of(our_backend(studio, project, settings)) == note:
+            return
+    raise AttachRefused(f"Label Studio loses what we note in the ML backend of project {project}: attach again")
 
 
 def credentials(settings: Settings, project: int) -> dict[str, Any]:

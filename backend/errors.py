@@ -10,6 +10,7 @@ FirstRowError
 |- MaskError           one region or mask cannot be read
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
+|- DetachUnfinished    a project that could not be detached as a whole
 |- JobError            a step of a round cannot be done
 |- RoundOver           a round that must not go on
 |- StartAnew           a round that must begin again
@@ -62,6 +63,10 @@ class MaskError(FirstRowError):
 
 class StoreError(FirstRowError):
     """The store cannot be read or written."""
+
+
+class DetachUnfinished(FirstRowError):
+    """Something of us is left in a project; says what to do before the next try."""
 
 
 class AttachRefused(FirstRowError):

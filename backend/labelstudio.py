@@ -142,8 +142,29 @@ class LabelStudio:
 
     def tasks_with_draft(self, project: int) -> set[int]:
         """Ids of the tasks that somebody has a draft of, begun and not submitted."""
-        rows = self._listing(project, {}, PAGE, include="id,draft_exists,drafts")
-        return {int(row["id"]) for row in rows if row.get("draft_exists") or row.get("drafts")}
+        query = _where("draft_exists", "equal", "Boolean", True)  # a row's `drafts` are those of the key's user alone
+        return {int(row["id"]) for row in self._listing(project, query, PAGE, include="id")}
+
+    def tasks_annotated_by(self, project: int, user: int) -> set[int]:
+        """Ids of the tasks that have an annotation of this account, skipped ones among them."""
+        query = _where("annotators", "contains", "List", user)
+        return {int(row["id"]) for row in self._listing(project, query, PAGE, include="id")}
+
+    def drafts(self, task: int) -> list[Row]:
+        """Drafts of a task, whoever began them; `annotation` is the annotation that one hangs on, None without.
+
+        Label Studio deletes the drafts of an annotation whenever any field of it is changed.
+        """
+        return list(self.http.call("GET", f"/api/tasks/{task}/drafts"))
+
+    def drafted(self, task: int) -> set[int]:
+        """Ids of the annotations of a task that somebody has a draft of."""
+        return {int(row["annotation"]) for row in self.drafts(task) if row.get("annotation")}
+
+    def create_draft(self, task: int, annotation: int, result: Sequence[Mapping[str, Any]], lead_time: float) -> None:
+        """Begin a change of an annotation; the draft is the key's user's."""
+        path = f"/api/tasks/{task}/annotations/{annotation}/drafts"
+        self.http.call("POST", path, body={"result": list(result), "lead_time": lead_time})
 
     def head(self, project: int) -> set[int]:
         """Ids of the first tasks in the order of the version in force."""

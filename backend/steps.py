@@ -27,6 +27,7 @@ from backend.connection import (
     our_webhooks,
     same_url,
     webhook_url,
+    write_note,
 )
 from backend.errors import AttachRefused, LabelStudioError
 from backend.label_config import ProjectConfig, with_coarse, without_coarse
@@ -95,12 +96,12 @@ def connection_faults(found: Found, ours: Row) -> Iterator[tuple[str, bool]]:
     trouble = ours["error_message"] or "no answer"
     former = "its secret is a former or a wrong one" if trouble.startswith("401 ") else ""
     yield former or f"Label Studio cannot reach it ({trouble})", ours["state"] != "CO"
-    yield "groups and the former settings are not recorded", _of_today(note_of(ours)) != new_note(found)
+    yield "groups and the former settings are not recorded", note_of(ours) != new_note(found)
 
 
 def keeper_steps(found: Found) -> Iterator[Step]:
-    """Make the account that keeps coarse labels which are set aside, and write its id down."""
-    if not note_of(found.ours).get("keeper"):
+    """Make the account that keeps coarse labels which are set aside, and write its id down; anew if it is gone."""
+    if note_of(found.ours).get("keeper") not in {row["id"] for row in found.studio.users()}:
         address = keeper_address(found.id)
         yield Step(
             f"Make the account {address} without a password: coarse labels are handed to it while their task is "
@@ -112,11 +113,8 @@ def keeper_steps(found: Found) -> Iterator[Step]:
 def make_keeper(found: Found) -> None:
     """Make the keeper account, or take the key's own user where accounts may not be made."""
     studio, ours = found.studio, our_backend(found.studio, found.id, found.settings)
-    if ours is None:
-        raise AttachRefused(f"the ML backend of project {found.id} is gone: run `firstrow attach` again")
-    extra = dict(ours["extra_params"] or {})
-    extra[NOTE] = {**note_of(ours), "keeper": keeper_account(studio, found.id) or new_keeper(studio, found.id)}
-    studio.patch_ml(ours["id"], **credentials(found.settings, found.id), extra_params=extra)
+    keeper = keeper_account(studio, found.id) or new_keeper(studio, found.id)
+    write_note(studio, found.id, found.settings, {**(note_of(ours) or new_note(found)), "keeper": keeper})
 
 
 def new_keeper(studio: LabelStudio, project: int) -> int:
@@ -143,11 +141,6 @@ def new_note(found: Found) -> dict[str, Any]:
     groups, keeper = named_groups(found.config), {"keeper": old["keeper"]} if "keeper" in old else {}
     background = {"background": found.config.background}
     return {"before": before, "groups": groups, "config": stamp} | background | keeper
-
-
-def _of_today(note: Mapping[str, Any]) -> dict[str, Any]:
-    """A note without what earlier releases wrote down: hosts of images, which any member could have changed."""
-    return {name: value for name, value in note.items() if name != "image_hosts"}
 
 
 def former(found: Found) -> dict[str, Any]:
@@ -189,10 +182,8 @@ def reconnect(found: Found) -> None:
     """
     ours = found.ours or {}
     title = ours["title"] if OURS.fullmatch(ours["title"] or "") else FIRST_TITLE
-    extra = {**(ours["extra_params"] or {}), NOTE: new_note(found)}
-    fields = {**credentials(found.settings, found.id), "title": title, "is_interactive": False, "extra_params": extra}
     with explained(found.settings.url):
-        found.studio.patch_ml(ours["id"], **fields)
+        write_note(found.studio, found.id, found.settings, new_note(found), title=title, is_interactive=False)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import requests
 
 from backend import app, attach
 from backend.coarse_answers import copy_of, original_of
-from backend.connection import FLAGS, SECRET_HEADER, keeper_address
+from backend.connection import FLAGS, NOTE, SECRET_HEADER, keeper_address, note_of
 from backend.context import connect
 from backend.embedded import Studio, backend_settings, start_serve, start_studio
 from backend.enqueue import Board
@@ -44,10 +44,12 @@ class Backend:
 
     def __init__(self, master: str | None) -> None:
         self.events: list[tuple[str, str | None, Any]] = []
+        self.slow = 0.0
         backend = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                time.sleep(backend.slow)
                 self.answer({"status": "UP"})
 
             def do_POST(self) -> None:
@@ -216,6 +218,51 @@ def test_note_survives_new_titles(door: LabelStudio, project: int, settings: Set
     assert note["before"]["label_config"] == CONFIG
     assert attach.check(door, project, settings) == []  # the groups come from the note
     assert door.project(project)["model_version"] == "first-row-8"
+
+
+def test_a_note_that_label_studio_loses_is_written_again(
+    door: LabelStudio, project: int, settings: Settings, backend: Backend
+) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    whole, ours = attach.recorded(door, project, settings), attach.our_backend(door, project, settings)
+    assert ours is not None
+    credentials = attach.credentials(settings, project)
+    door.patch_ml(ours["id"], **credentials, extra_params={NOTE: {**whole, "keeper": "7"}})
+    door.delete_user(int(whole["keeper"]))
+    backend.slow = 0.3  # while it waits for our health Label Studio has an old row in hand, which it then saves
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            door.ml_backends(project)
+            stop.wait(0.5)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        attach.apply(attach.plan(door, project, settings))
+    finally:
+        stop.set()
+        thread.join()
+    backend.slow = 0
+    assert attach.check(door, project, settings) == []
+    [keeper] = [user["id"] for user in door.users() if user["email"] == keeper_address(project)]
+    assert attach.recorded(door, project, settings) == {**whole, "keeper": keeper}
+    list(attach.detach(door, project, settings))
+    assert door.project(project)["label_config"] == CONFIG
+
+
+def test_junk_in_our_note_stops_nothing(door: LabelStudio, project: int, settings: Settings) -> None:
+    attach.apply(attach.plan(door, project, settings))
+    ours, note = attach.our_backend(door, project, settings), attach.recorded(door, project, settings)
+    assert ours is not None
+    for junk in (7, [], {NOTE: "x"}, {NOTE: {"keeper": "x", "before": [1], "groups": {"a": 1}}}):
+        assert note_of({"extra_params": junk}) == {}
+        door.patch_ml(ours["id"], **attach.credentials(settings, project), extra_params=junk)
+        assert attach.check(door, project, settings)
+    list(attach.detach(door, project, settings, note=note))  # what the store remembers
+    assert door.project(project)["label_config"] == CONFIG
+    assert not [user for user in door.users() if user["email"] == keeper_address(project)]
 
 
 def test_other_groups_replace_the_control(door: LabelStudio, project: int, settings: Settings) -> None:

@@ -515,7 +515,9 @@ def test_detach_asks_what_becomes_of_coarse_labels(
     saved = [row for task in json.loads(file.read_text()) for row in task["annotations"]]
     assert len(saved) == len(made), "a second detach does not write over what the first one saved"
     assert {digest(row) for row in saved} == {digest(row) for row in made.values()}
-    assert run(team, "export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")) == 0
+    everything = ["export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")]
+    assert run(team, *everything) == 1, "an earlier export is not replaced"
+    assert run(team, *everything, "--force") == 0
     again = [row for task in json.loads((tmp_path / "all.json").read_text()) for row in task["annotations"]]
     aside = {number for number, row in made.items() if row["was_cancelled"]}
     assert {row["id"] for row in again} == aside, "the store remembers what was set aside"

@@ -1,0 +1,166 @@
+"""A project of ours as a detach finds it: its coarse answers, what was there before us, and the steps to undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from backend.coarse_answers import COARSE_COPY
+from backend.connection import keeper_account, note_of, our_backend
+from backend.errors import ConfigError, LabelStudioError
+from backend.label_config import ProjectConfig, parse
+from backend.labelstudio import FULL_PAGE, LabelStudio, Row
+from backend.settings import Settings
+
+#: Tasks after which a step says how far it is.
+PAGE = 20
+
+Run = Callable[[], Iterable[str]]
+#: What the store keeps of answers that were set aside: `task` and `annotation` as it was given.
+Kept = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Undo:
+    """One thing to undo: a sentence for people, and what does it, telling how far it is."""
+
+    text: str
+    run: Run
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A project of ours as it is now.
+
+    Attributes:
+        studio: Label Studio.
+        settings: our address.
+        id: Label Studio's project id.
+        ours: our ML backend, None if somebody has deleted it.
+        note: what `attach` wrote down.
+        account: id of the account that annotations are handed to; 0 without one.
+        keeper: who has the annotations that are set aside: that account, or the key's own user where there is none; 0
+            if nobody knows.
+        config: what the label config means; None if it cannot be used.
+        kept: annotations that were ever set aside, as they were given, by id: as far as the store has them.
+        answers: tasks with annotations that may be coarse answers, each with its annotations and predictions.
+        unreadable: tasks that Label Studio cannot show; grows as more are found.
+    """
+
+    studio: LabelStudio
+    settings: Settings
+    id: int
+    ours: Row | None
+    note: Mapping[str, Any]
+    account: int
+    keeper: int
+    config: ProjectConfig | None
+    kept: Mapping[int, Row]
+    answers: list[Row] = field(default_factory=list)
+    unreadable: set[int] = field(default_factory=set)
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """What the project was like before us."""
+        return dict(self.note.get("before") or {})
+
+
+def look(
+    studio: LabelStudio,
+    project: int,
+    settings: Settings,
+    note: Mapping[str, Any] | None = None,
+    kept: Kept = (),
+    every: bool = False,
+) -> Attached:
+    """Read what there is of us in a project.
+
+    Args:
+        studio: with the key of somebody who may change the project.
+        project: Label Studio's project id.
+        settings: our address.
+        note: what the store remembers of our note, for what Label Studio has no longer.
+        kept: what the store has of answers that were set aside.
+        every: whether to read all tasks with an annotation, also skipped ones.
+    """
+    ours = our_backend(studio, project, settings)
+    written = {**(note or {}), **note_of(ours)}
+    account = keeper_account(studio, project)
+    old = {int(row["annotation"]["id"]): dict(row["annotation"]) for row in kept}
+    keeper = int(written.get("keeper") or account)
+    here = Attached(studio, settings, project, ours, written, account, keeper, config_of(studio, project, written), old)
+    return replace(here, answers=list(readable(here, sorted(tasks_to_read(here, every)))))
+
+
+def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> ProjectConfig | None:
+    """What the label config means now; None if it cannot be used."""
+    try:
+        return parse(studio.label_config(project), recorded=note)
+    except ConfigError:
+        return None
+
+
+def tasks_to_read(here: Attached, every: bool) -> set[int]:
+    """Tasks that can have a coarse answer, by what a light listing tells."""
+    rows = list(here.studio.tasks(here.id))
+    found = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
+    skipped = {int(row["id"]) for row in rows if row.get("cancelled_annotations")}
+    found |= skipped if every else skipped & {int(row.get("task") or 0) for row in here.kept.values()}
+    if every or (here.config is not None and here.config.coarse is not None):
+        found |= {int(row["id"]) for row in rows if row.get("total_annotations")}
+    return found
+
+
+def tasks_of_keeper(here: Attached) -> set[int]:
+    """Tasks with an annotation that is handed to our account."""
+    return here.studio.tasks_annotated_by(here.id, here.account) if here.account else set()
+
+
+def readable(here: Attached, tasks: Iterable[int]) -> Iterator[Row]:
+    """The tasks that still exist, with annotations and predictions, but for those that Label Studio cannot show.
+
+    One annotation with half a character has it answer 500 to every listing with that task: then each task is asked for
+    alone, and the bad one is remembered in `here.unreadable`.
+    """
+    ids = [task for task in tasks if task not in here.unreadable]
+    for start in range(0, len(ids), FULL_PAGE):
+        page = ids[start : start + FULL_PAGE]
+        rows = whole(here, page)
+        yield from rows if rows is not None else (row for task in page for row in alone(here, task))
+
+
+def whole(here: Attached, page: Sequence[int]) -> list[Row] | None:
+    """These tasks; None where Label Studio cannot show them."""
+    try:
+        return list(here.studio.full_tasks(here.id, page))
+    except LabelStudioError as error:
+        if error.status != 500:
+            raise
+        return None
+
+
+def alone(here: Attached, task: int) -> list[Row]:
+    """A task, if it exists and can be shown."""
+    rows = whole(here, [task])
+    if rows is None:
+        here.unreadable.add(task)
+    return rows or []
+
+
+def does(change: Callable[..., object], *args: object) -> Run:
+    """A step that is one call and has nothing to tell."""
+
+    def run() -> list[str]:
+        change(*args)
+        return []
+
+    return run
+
+
+def one_by_one(tasks: Sequence[Row], change: Callable[[Row], Iterable[str]]) -> Iterator[str]:
+    """Change one task after another; gives what there is to say of one, and how far it is."""
+    for number, task in enumerate(tasks, 1):
+        yield from change(task)
+        if number % PAGE == 0:
+            yield f"  {number} of {len(tasks)} tasks"
