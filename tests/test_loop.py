@@ -180,9 +180,9 @@ def test_what_happened_while_we_were_down_is_made_good(
 
 
 def test_everything_is_rebuilt_from_label_studio(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    backend = make_backend(FIRSTROW_COARSE_TASKS="1")
+    backend = share_backend(FIRSTROW_COARSE_TASKS="1")
     team = Team(backend, pictures)
     team.attach()
     team.coarse()
