@@ -19,7 +19,7 @@ from backend.project import Index, Project
 from backend.worker import alive
 
 #: Seconds until no worker counts as running: Redis may have lost its memory, and whoever works signs in anew.
-PATIENCE = 3.0
+PATIENCE = 2.0
 #: Places of the queue, and unusable tasks, that are shown in a terminal; as JSON all of the latter are.
 SHOWN, SHOWN_UNUSABLE = 10, 50
 
