@@ -92,6 +92,7 @@ def plan_file(here: Attached, file: Path) -> Iterator[Undo]:
         yield Undo(f"Leave {count} coarse labels as annotations: they have a draft or a comment.", list)
     count = sum(len(row["annotations"]) for row in answer_rows(here, drafts))
     text = f"Save {count} coarse labels to {file}, then delete them; their tasks are free again."
+    text = text if count else "No other coarse labels are left to save."
     yield Undo(text, lambda: answers_to_file(here, file))
 
 
