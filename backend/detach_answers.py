@@ -193,7 +193,7 @@ def back(here: Attached, annotation: Row, original: Row) -> str:
     if now["was_cancelled"]:
         return f"annotation {number} is still set aside."
     if here.account and author(now) == here.account:
-        return f"annotation {number} counts again, but nobody knows its author: our account stays its author."
+        return f"annotation {number} counts again, under our account: its author is gone, or not known."
     return ""
 
 

@@ -160,7 +160,7 @@ def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_sh
     assert run(team, "detach", *project, "--coarse", "keep") == 1
     said = capsys.readouterr()
     assert f"Label Studio cannot show task {broken}" in said.err
-    assert f"annotation {lost['id']} counts again, but nobody knows its author" in said.out
+    assert f"annotation {lost['id']} counts again, under our account" in said.out
     assert len(team.studio.ml_backends(team.id)) == 1
     team.studio.http.call("DELETE", f"/api/tasks/{broken}/")
     for _ in range(2):
