@@ -252,7 +252,7 @@ def _check_body() -> None:
 
 def _check_project(project: int) -> None:
     ours = g.admission.project
-    if ours is None and secured(_doors().board.redis, project):
+    if ours is None and secured(_doors(), project):
         _refuse()
     if ours is not None and ours != project:
         log.warning("refused %r for project %d with the secret of project %d", request.path, project, ours)
@@ -264,12 +264,14 @@ def mark_secured(redis: Redis, project: int) -> None:
     redis.set(f"firstrow:{project}:secured", 1)
 
 
-def secured(redis: Redis, project: int) -> bool:
-    """Whether Label Studio has shown the secret of this project; without one, an open route tells nothing anyway."""
+def secured(doors: Context, project: int) -> bool:
+    """Whether Label Studio has the secret of this project: it has shown it, or the store tells that `attach` set it."""
     try:
-        return bool(redis.exists(f"firstrow:{project}:secured"))
-    except RedisError:
-        return False
+        if doors.board.redis.exists(f"firstrow:{project}:secured"):
+            return True
+    except RedisError as error:
+        log.warning("project %d: Redis does not answer (%s)", project, type(error).__name__)
+    return doors.project(project).attached()
 
 
 def _job_status() -> Response:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import orjson
 
+from backend.errors import LabelStudioError
 from backend.label_config import ProjectConfig
 from backend.labelstudio import LabelStudio, Row
 
@@ -169,18 +171,38 @@ def held(task: Row, copy: Row, keeper: int) -> Row | None:
     return rows[0] if rows and keeper else None
 
 
-def give_back(studio: LabelStudio, annotation: int, original: Row, **more: object) -> None:
-    """Return an annotation that was set aside to its author; `more` are further fields to change with it.
+def uncopied(task: Row, keeper: int) -> list[Row]:
+    """Annotations that the keeper has, skipped, and whose copies somebody has deleted."""
+    copied = {original_of(copy).get("id") for copy in copies_of(task)}
+    rows = [row for row in task.get("annotations") or [] if keeper and author(row) == keeper]
+    return [row for row in rows if row["was_cancelled"] and row["id"] not in copied]
+
+
+def give_back(
+    studio: LabelStudio, annotation: int, original: Row, change: Callable[..., Row] | None = None, **more: object
+) -> bool:
+    """Return an annotation that was set aside to its author.
 
     Args:
         studio: Label Studio.
         annotation: its id.
         original: as it was before.
-        more: `result`, where it must be put back, too.
+        change: what changes its fields; by default Label Studio's PATCH.
+        more: further fields to change with it.
+
+    Returns:
+        False where the author's account is gone: the annotation counts again, and stays the keeper's.
     """
-    fields = {"was_cancelled": False, "ground_truth": bool(original.get("ground_truth"))}
-    by = author(original)
-    studio.patch_annotation(annotation, **fields, **({"completed_by": by} if by else {}), **more)
+    fields = {"was_cancelled": False, "ground_truth": bool(original.get("ground_truth")), **more}
+    patch, by = change or partial(studio.patch_annotation, annotation), author(original)
+    try:
+        patch(**fields, **({"completed_by": by} if by else {}))
+    except LabelStudioError as error:
+        if error.status != 400 or not by:
+            raise
+        patch(**fields)
+        return False
+    return bool(by)
 
 
 def labels_of(regions: Iterable[Region]) -> set[str]:

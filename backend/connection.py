@@ -25,8 +25,9 @@ TAB = "First Row"
 BY_SCORE = "tasks:predictions_score"
 #: How often a note is written before we give up.
 TRIES = 8
-#: Versions of our rank predictions and of our prelabels.
-OURS = re.compile(r"(first-row|seg)-\d+")
+#: Versions of our rank predictions and of our prelabels; a number above the highest is somebody else's.
+OURS = re.compile(r"(first-row|seg)-[0-9]{1,10}")
+HIGHEST = 10**9
 
 #: Project settings that make Label Studio serve the lowest score first, and ask us only for the task it serves.
 FLAGS = {

@@ -29,7 +29,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 from urllib3.util.connection import create_connection
 
 from backend.errors import ImageFetchError, SlowHostError
@@ -269,7 +269,9 @@ def opened(url: str) -> Iterator[requests.Response]:
                 raise too_slow(host) from None
             # `from None`: the error's own text has the whole address
             kind = type(error).__name__
-            raise SlowHostError(f"{host} does not answer ({kind}): is it reachable from here?") from None
+            if no_answer(error):
+                raise SlowHostError(f"{host} does not answer ({kind}): is it reachable from here?") from None
+            raise ImageFetchError(f"{host} hung up ({kind}): is the file still there?") from None
         with answer:
             yield answer
 
@@ -306,6 +308,11 @@ def body(answer: requests.Response, limit: int) -> bytes:
     if fault:
         raise ImageFetchError(f"{host} broke off ({fault}): is the file complete?")
     return bytes(found)
+
+
+def no_answer(error: requests.RequestException) -> bool:
+    """Whether there was no connection, or nothing came in time; a host that hangs up is there."""
+    return isinstance(error, requests.Timeout) or isinstance(next(iter(error.args), None), MaxRetryError)
 
 
 def too_slow(host: str) -> SlowHostError:

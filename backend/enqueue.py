@@ -74,12 +74,15 @@ end
 return #names
 """
 
-#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more.
+#: Gives the round that holds the project a number, higher than any before; nothing to a round that holds it no more. A
+#: number of more than ten digits is none of ours: an earlier release took it from somebody's model version.
 NUMBER = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
-local number = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2])) + 1
-redis.call('SET', KEYS[2], number)
-redis.call('SET', KEYS[3], number)
+local last = tonumber(redis.call('GET', KEYS[2]) or 0)
+if last >= 1e10 then last = 0 end
+local number = math.max(last, tonumber(ARGV[2])) + 1
+redis.call('SET', KEYS[2], string.format('%d', number))
+redis.call('SET', KEYS[3], string.format('%d', number))
 return number
 """
 #: Frees the project where the key has this value still.
@@ -134,32 +137,42 @@ class Board:
         """Forget the ids handed out by `take`: the index holds their effect now."""
         self.redis.delete(_key(project, "changed:taken"), _key(project, "deleted:taken"))
 
-    def expect_own_update(self, annotation: int, content: str) -> None:
-        """Say that we are about to change fields of an annotation, but not its regions.
+    def expect_own_update(self, project: int, annotation: int, content: str, seen: str) -> None:
+        """Say that we are about to change an annotation.
 
         Args:
+            project: Label Studio's project id.
             annotation: Label Studio's annotation id.
-            content: digest of its regions.
+            content: digest of the regions that it has then.
+            seen: when it was changed last, in Label Studio's time.
         """
-        self.redis.delete(f"firstrow:update:{annotation}")
-        self.redis.set(f"firstrow:ours:{annotation}", content, ex=OURS)
+        self.redis.set(_ours(project, annotation), orjson.dumps({"content": content, "seen": seen}), ex=OURS)
 
-    def own_update(self, annotation: int) -> str:
-        """Digest of the regions of an annotation that we have changed lately; empty for any other."""
-        value = self.redis.get(f"firstrow:ours:{annotation}")
-        return value.decode() if isinstance(value, bytes) else ""
+    def own_update_is_done(self, project: int, annotation: int, done: str) -> None:
+        """Say when Label Studio wrote our change of an annotation, in its own time."""
+        said = {**self.own_update(project, annotation), "done": done}
+        self.redis.set(_ours(project, annotation), orjson.dumps(said), ex=OURS)
 
-    def keep_update(self, annotation: int, row: Mapping[str, Any]) -> None:
-        """Keep what a person saved in an annotation while we were changing it: Label Studio may have lost it."""
-        self.redis.set(f"firstrow:update:{annotation}", orjson.dumps(row), ex=KEEP_UPDATE)
+    def own_update(self, project: int, annotation: int) -> dict[str, str]:
+        """Our last change of an annotation: `content`, `seen` and `done`; empty for most."""
+        value = self.redis.get(_ours(project, annotation))
+        return dict(orjson.loads(value)) if isinstance(value, bytes) else {}
 
-    def forget_update(self, annotation: int) -> None:
-        """What `keep_update` kept is in Label Studio again, and the annotation is no longer one that we change."""
-        self.redis.delete(f"firstrow:update:{annotation}", f"firstrow:ours:{annotation}")
+    def keep_update(self, project: int, annotation: int, row: Mapping[str, Any]) -> None:
+        """Keep what a person saved last in an annotation while we were changing it: Label Studio may have lost it."""
+        before = self.missed_update(project, annotation)
+        if before is not None and str(before.get("updated_at")) > str(row.get("updated_at")):
+            return
+        self.redis.set(_missed(project, annotation), orjson.dumps(row), ex=KEEP_UPDATE)
+        self.redis.expire(_ours(project, annotation), KEEP_UPDATE)
 
-    def missed_update(self, annotation: int) -> dict[str, Any] | None:
+    def forget_missed_update(self, project: int, annotation: int) -> None:
+        """What `keep_update` kept is in Label Studio."""
+        self.redis.delete(_missed(project, annotation))
+
+    def missed_update(self, project: int, annotation: int) -> dict[str, Any] | None:
         """What `keep_update` kept of an annotation; None for most."""
-        value = self.redis.get(f"firstrow:update:{annotation}")
+        value = self.redis.get(_missed(project, annotation))
         return dict(orjson.loads(value)) if isinstance(value, bytes) else None
 
     # -- rounds -------------------------------------------------------------------------------------------
@@ -304,6 +317,12 @@ class Board:
             return False
         self.request_round(project, "another try")
         return True
+
+    def under_way(self, project: int) -> bool:
+        """Whether a round is in progress or will be tried again. A wish alone is none: that of a round that failed."""
+        return self.busy(project) is not None or (
+            self.wished(project) and bool(self.redis.exists(_key(project, "retry")))
+        )
 
     def wished(self, project: int) -> bool:
         """Whether events or a failed round wait for the next round."""
@@ -452,12 +471,17 @@ class Board:
             found.append({**job.meta, "id": job.id, "queue": job.origin, "status": status.value if status else "?"})
         return found
 
+    def reconciling(self, project: int) -> Job | None:
+        """The last comparison with Label Studio that was queued, while its job is there."""
+        name = self.redis.get(_key(project, "reconciling"))
+        return self.job(name.decode()) if isinstance(name, bytes) else None
+
     def reconcile(self, project: int) -> None:
-        """Queue a comparison with Label Studio, unless one waits or runs already."""
+        """Queue a comparison with Label Studio, unless one waits or runs already (a lost one: watch.py)."""
         if self.stopped(project):
             return
-        before = self.redis.get(_key(project, "reconciling"))
-        there = self.job(before.decode()) if isinstance(before, bytes) else None
+        self.redis.sadd("firstrow:projects", project)  # those of the others are not looked after
+        there = self.reconciling(project)
         if there is not None and there.get_status(refresh=False) in LIVE:
             return
         name = f"reconcile-{project}-{uuid.uuid4().hex[:12]}"
@@ -642,6 +666,14 @@ def _stops(key: bytes) -> bool:
 
 def _key(project: int, name: str) -> str:
     return f"firstrow:{project}:{name}"
+
+
+def _ours(project: int, annotation: int) -> str:
+    return _key(project, f"ours:{annotation}")
+
+
+def _missed(project: int, annotation: int) -> str:
+    return _key(project, f"missed:{annotation}")
 
 
 def _rows(name: str) -> str:

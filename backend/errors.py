@@ -6,6 +6,7 @@ FirstRowError
 |- ConfigError         a label config that cannot be used
 |- ImageFetchError     one image cannot be had
 |  `- SlowHostError    its host does not answer in time
+|     `- NotAskedError its host was not asked, for it does not answer
 |- MaskError           one region or mask cannot be read
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
@@ -50,6 +51,10 @@ class ImageFetchError(FirstRowError):
 
 class SlowHostError(ImageFetchError):
     """A host did not answer, or not within the time for one file."""
+
+
+class NotAskedError(SlowHostError):
+    """A host that has not answered lately was left alone: this picture was not asked for."""
 
 
 class MaskError(FirstRowError):

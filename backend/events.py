@@ -110,16 +110,19 @@ def handle(event: Event, board: Board) -> str | None:
 
 
 def _is_our_own(event: Event, board: Board) -> bool:
-    # We set a coarse answer aside by changing fields beside its regions. Other regions are a person's, saved meanwhile:
-    # Label Studio may then have written ours over theirs, so theirs are kept until somebody has looked.
+    # Other regions than those that we left are a person's: where they were saved while we changed the same annotation,
+    # Label Studio may have written ours over theirs, so theirs are kept until somebody has looked.
     annotation = event.annotation
-    content = board.own_update(int(annotation["id"])) if annotation else ""
-    if not annotation or not content or "result" not in annotation:
+    if not annotation or "result" not in annotation:
         return False
-    saved = {"id": annotation["id"], "result": _built(annotation["result"])}
-    if digest(saved) == content:
-        return True
-    board.keep_update(int(annotation["id"]), saved)
+    number, at = int(annotation["id"]), str(annotation.get("updated_at"))
+    ours = board.own_update(event.project, number)
+    if not ours:
+        return False
+    saved = {"id": number, "result": _built(annotation["result"]), "updated_at": at}
+    if digest(saved) == ours["content"]:
+        return ours.get("done", at) == at
+    board.keep_update(event.project, number, saved)
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from redis import RedisError
@@ -14,6 +15,7 @@ from backend.errors import (
     FirstRowError,
     JobError,
     LabelStudioError,
+    NotAskedError,
     RoundOver,
     SettingsError,
     StartAnew,
@@ -71,6 +73,8 @@ def with_error(record: TaskRecord, error: Exception) -> TaskRecord:
         reason = (
             f"task {record.id} cannot be used ({type(error).__name__}: {str(error)[:300]}): the worker's log says more"
         )
+    if isinstance(error, NotAskedError):  # no try of this picture
+        return replace(record, error=reason, next_try=now + FIRST_PAUSE)
     # A task that was well for longer than the longest pause begins anew.
     tries = 1 if now > record.next_try + LONGEST_PAUSE else record.tries + 1
     return replace(record, error=reason, tries=tries, next_try=now + pause(tries))
@@ -89,3 +93,8 @@ def due(record: TaskRecord) -> bool:
 def due_tasks(index: Index) -> set[int]:
     """Ids of the tasks that are `due`."""
     return {record.id for record in index.values() if due(record)}
+
+
+def in_turn(index: Index, tasks: Iterable[int]) -> list[int]:
+    """Those that failed least first, then by id: pictures for which a host is silent keep no others away."""
+    return sorted(tasks, key=lambda task: (index[task].tries if task in index and index[task].error else 0, task))

@@ -57,6 +57,13 @@ def remember(project: Project, number: int, tasks: Sequence[int], queue: str) ->
     project.store.write_json(project.key("generations.json"), known)
 
 
+def begin(project: Project, number: int) -> None:
+    """Note that predictions may be named after a round from now on, also if it dies before its order is served."""
+    known = history(project)
+    known.setdefault(str(number), {"published": time.time(), "head": []})
+    project.store.write_json(project.key("generations.json"), known)
+
+
 def history(project: Project) -> dict[str, Any]:
     """What is known of earlier orders, by round."""
     return dict(project.store.read_json(project.key("generations.json")) or {})
@@ -78,26 +85,37 @@ def clean_generations(ctx: Context, project: Project) -> None:
 def clean_versions(ctx: Context, project: Project) -> None:
     """Delete the versions that may go, and gather old prelabels; stops where a job waits."""
     state, known = project.state(), history(project)
-    current = int(state.get("round", 0))
-    mine = set(project.extra().get("before", {}).get("versions", []))
-    versions = {v: n for v, n in ctx.studio.versions(project.id).items() if OURS.fullmatch(v) and v not in mine}
-    rounds = {version: int(version.rpartition("-")[2]) for version in versions}
-    for number in {number for number in rounds.values() if number < current and str(number) not in known}:
-        known[str(number)] = {"published": time.time(), "head": []}  # the store was lost: count from now
+    current, before = int(state.get("round", 0)), set(project.extra().get("before", {}).get("versions", []))
+    sizes = {v: n for v, n in ctx.studio.versions(project.id).items() if OURS.fullmatch(v) and v not in before}
+    rounds = {version: int(version.rpartition("-")[2]) for version in sizes}
+    for number in {current, *(number for version, number in rounds.items() if version.startswith(QUEUE))}:
+        if number <= current:  # the store was lost: count from now
+            known.setdefault(str(number), {"published": time.time(), "head": []})
+    rounds = {v: number for v, number in rounds.items() if str(number) in known}  # others may be a team's own
+    versions = {version: sizes[version] for version in rounds}
     old = {v: number for v, number in rounds.items() if number < current and v != state.get("queue")}
     for version in expired(old, versions, known):
         entry = known[str(old[version])]
         if ctx.board.waiting():
             break
         if version.startswith(QUEUE):  # the head's prelabels outlive their order
-            gather(ctx, project, version, entry["head"], known)
+            entry.setdefault("removed", 0)
+            if not gather(ctx, project, version, entry["head"], known):
+                break
         if not remove(ctx, project, version, versions[version], entry):
             break
     for version in [] if ctx.board.waiting() else crowded(old, known, buckets(project)):
-        gather(ctx, project, version, sorted(ctx.studio.tasks_with_version(project.id, version)), known)
-        ctx.studio.delete_version(project.id, version)
+        entry = known[str(old[version])]
+        entry.setdefault("removed", 0)
+        if not gather(ctx, project, version, sorted(ctx.studio.tasks_with_version(project.id, version)), known):
+            break
+        if old[version] not in buckets(project).values():  # it may be the one under which others are gathered
+            ctx.studio.delete_version(project.id, version)
+        entry.pop("removed", None)
+    known = {**history(project), **known}  # with that of a round beside us
     left = {number for version, number in rounds.items() if version in ctx.studio.versions(project.id)}
-    kept = {number: entry for number, entry in known.items() if int(number) in left | {current}}
+    young = {int(number) for number, entry in known.items() if entry["published"] > time.time() - KEEP_ORDERS}
+    kept = {number: entry for number, entry in known.items() if int(number) in left | young | {current}}
     project.store.write_json(project.key("generations.json"), kept)
 
 
@@ -173,17 +191,24 @@ def crowded(old: Mapping[str, int], known: Mapping[str, Any], gathered: Mapping[
     return [v for n, v in enumerate(single, 1) if n > MOST_ORDERS or KEEP_ORDERS < age[v] <= KEEP_PRELABELS][::-1]
 
 
-def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], known: dict[str, Any]) -> None:
-    """Have prelabels outlive their version: they move, ids and all, to the one under which this time's are gathered."""
+def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], known: dict[str, Any]) -> bool:
+    """Have prelabels outlive their version: they move, ids and all, to the one under which this time's are gathered.
+
+    Returns:
+        Whether all have moved; else a job waits, and a later call goes on.
+    """
     later = f"{VERSION}-{bucket(project, int(version.rpartition('-')[2]), known)}"
     if later == version:
-        return
+        return True
     for task in ctx.studio.full_tasks(project.id, tasks):
         if task.get("annotations"):
             continue  # submitted: the annotation does not need it any more
         for prediction in task.get("predictions") or []:
             if prediction.get("model_version") == version:
+                if ctx.board.waiting():
+                    return False
                 ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
+    return True
 
 
 def buckets(project: Project) -> dict[str, int]:

@@ -22,7 +22,7 @@ from PIL import Image
 from backend import download
 from backend.decoder import LIMIT, Decoder, resident
 from backend.download import shown, shown_host
-from backend.errors import ImageFetchError, SlowHostError
+from backend.errors import ImageFetchError, NotAskedError, SlowHostError
 from backend.labelstudio import LabelStudio
 from model.data import UNREADABLE, ImageError
 
@@ -100,7 +100,8 @@ class ImageCache:
             data = fetch(self.studio, task, value, self.hosts)
             copy = (self.decoder or resident()).copy(data, self.size)
         except (ImageFetchError, ImageError) as error:
-            raise ImageFetchError(f"task {task}, image {shown(value)!r}: {error}") from error
+            kind = type(error) if isinstance(error, ImageFetchError) else ImageFetchError
+            raise kind(f"task {task}, image {shown(value)!r}: {error}") from error
         try:
             write(path, copy)
             prune(path, self.limit // FOLDERS)
@@ -142,11 +143,11 @@ def patience(host: str) -> Iterator[None]:
     """Leave a host alone that has not answered lately.
 
     Raises:
-        SlowHostError: it is left alone.
+        NotAskedError: it is left alone.
     """
     failures, until = SILENT.get(host, (0, 0.0))
     if failures >= PATIENCE and time.monotonic() < until:
-        raise SlowHostError(f"{host} did not answer several times in a row: is it reachable from here?")
+        raise NotAskedError(f"{host} did not answer several times in a row: is it reachable from here?")
     try:
         yield
     except SlowHostError:

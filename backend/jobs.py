@@ -14,12 +14,12 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
-from backend.connection import digest, our_backend
+from backend.connection import HIGHEST, digest, our_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
-from backend.faults import due_tasks
-from backend.generations import clean_generations, unfinished
+from backend.faults import due_tasks, in_turn
+from backend.generations import begin, clean_generations, unfinished
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
@@ -63,7 +63,7 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
             if name == "clean":
                 log.warning("project %d: cleaning up is put off: %s", project, reason, exc_info=not known)
                 return
-            if name == "reconcile":
+            if name == "reconcile" and heals(error):
                 ctx.board.uncounted(project)
             ctx.board.fail(project, name, reason)
             ctx.board.abandon(project, name, holder if isinstance(holder, int | str) else None, heals(error))
@@ -100,7 +100,7 @@ def start_round(ctx: Context, project: Project, token: str) -> None:
         after = [ctx.board.enqueue("fit_codebook", project.id, number)]
     again = {r.id for r in index.values() if r.error} if forced else due_tasks(index)
     read |= again | unread(project, index)
-    todo = sorted(read | unready(ctx, project, index))
+    todo = in_turn(index, read | unready(ctx, project, index))
     shards = []
     for n, ids in enumerate(split(todo, PREPARE_SHARD)):
         records = [index.get(task, TaskRecord(task)) for task in ids]
@@ -173,15 +173,16 @@ def score(ctx: Context, project: Project, number: int, shard: int) -> None:
 @step
 def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
-    check_config(ctx, project)
     before, config = project.index(), project.config()
     index = unscored(project, number, before)
     places = rank(ctx, project, index, config)
+    check_config(ctx, project)  # as late as can be: what follows touches people's work
     called = call_back(ctx, project, mark_asked(index, places), places)
     if called != before:
         index = called
         ctx.board.go_on(project.id)
         project.save_index(index)
+    begin(project, number)
     publish_order(ctx, project, index, config, places, number)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
@@ -315,7 +316,8 @@ def next_number(ctx: Context, project: Project, token: str) -> int:
     known = project.store.read_json(key)
     if known is None:  # lost, or the first round: the names of files tell
         known = max(numbers(project), default=0)
-    least = max(int(known), int(project.state().get("round", 0)), int(project.extra().get("round", 0)))
+    seen = (int(known), int(project.state().get("round", 0)), int(project.extra().get("round", 0)))
+    least = max((number for number in seen if number < 10 * HIGHEST), default=0)
     number = ctx.board.number(project.id, token, least)
     project.store.write_json(key, number)
     return number

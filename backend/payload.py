@@ -57,9 +57,10 @@ class Body(msgspec.Struct):
 
 
 class Saved(msgspec.Struct):
-    """The regions of an annotation, as text: built only where somebody asks for them."""
+    """The regions of an annotation, as text: built only where somebody asks for them; and when it was saved."""
 
     result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    updated_at: str = ""
 
 
 class Update(msgspec.Struct):
@@ -85,7 +86,7 @@ def decode(body: bytes) -> dict[str, Any]:
         if fields.get("action") == "ANNOTATION_UPDATED" and isinstance(fields.get("annotation"), dict):
             saved = _update_decoder.decode(body).annotation
             if isinstance(saved, Saved) and isinstance(saved.result, msgspec.Raw):
-                fields["annotation"]["result"] = bytes(saved.result)
+                fields["annotation"] |= {"result": bytes(saved.result), "updated_at": saved.updated_at}
         return fields
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PayloadError(f"the body is not an object as Label Studio sends it: {str(error)[:120]}") from error

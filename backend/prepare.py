@@ -43,7 +43,7 @@ def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
     """Fit the pool's clusters to a bounded sample of its pixels and keep them."""
     rng = np.random.default_rng(project.id)
     usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
-    ids = rng.permutation(usable or sorted(index))[:SAMPLE_TRIES]
+    ids = sorted(rng.permutation(usable or sorted(index)), key=lambda task: index[int(task)].tries)[:SAMPLE_TRIES]
     images, samples, until = ctx.images(project.id), [], time.monotonic() + SAMPLE_SECONDS
     for task in ids:
         record = index[int(task)]

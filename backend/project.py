@@ -246,6 +246,10 @@ class Project:
         """The small state written at each publish; empty before the first."""
         return dict(self.store.read_json(self.key("state.json")) or {})
 
+    def attached(self) -> bool:
+        """Whether `attach` has tied the project to us, and `detach` has not undone it; False before the first round."""
+        return self.store.exists(self.key("state.json")) and "before" in self.extra()
+
     def forget_order(self) -> None:
         """The project has no order of ours any more (detach); models, maps and scores stay for another time."""
         for name in ("state.json", "ranking.json", "generations.json", "served.json"):

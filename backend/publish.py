@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,11 @@ from backend.coarse_answers import (
 from backend.connection import our_backend
 from backend.context import Context
 from backend.errors import JobError, LabelStudioError
+from backend.faults import noted
 from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, model_info, network_key
+from backend.own_updates import change
 from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import HEAD, Index, Project, TaskRecord, stages
@@ -242,7 +245,10 @@ def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Pla
     for place in places:
         record = index[place.task]
         if record.stage == "coarse" and record.callable and not record.error:
-            index[place.task] = reopen(ctx, project, record)
+            try:
+                index[place.task] = reopen(ctx, project, record)
+            except Exception as error:
+                index[place.task] = noted(ctx.studio, project.id, record, error)
     return index
 
 
@@ -257,7 +263,7 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     task = ctx.studio.task(record.id, project.id)
     rows, keeper = active(task), int(extra.get("keeper", 0))
     free = all(may_be_set_aside(task, row, config, str(extra.get("since", "")), keeper) for row in rows)
-    if not rows or not free or not any(row["id"] == record.annotation for row in rows):
+    if not (rows and free and extra.get("skips") in SKIPS and any(row["id"] == record.annotation for row in rows)):
         ctx.board.remember(project.id, [record.id])
         return record
     if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
@@ -279,14 +285,21 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     known = {int(row["id"]): original_of(row) for row in copies_of(task)}
     same = [copy for copy, row in known.items() if row.get("id") == number and digest(row) == content]
     copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
-    ctx.board.expect_own_update(number, content)
     fields = {"was_cancelled": True, "completed_by": keeper, **SKIPS[str(project.extra()["skips"])]}
     try:
-        if digest(ctx.studio.annotation(number)) == content:
-            if digest(ctx.studio.patch_annotation(number, **fields)) == content:
+        now = ctx.studio.annotation(number)
+        if digest(now) == content:
+            row = change(ctx, project.id, now, **fields)
+            if digest(row) == content:
                 return True
-            give_back(ctx.studio, number, annotation)
+            give_back(ctx.studio, number, annotation, partial(change, ctx, project.id, row))
     except LabelStudioError as error:
+        if error.status == 400:
+            raise LabelStudioError(
+                f"task {task['id']}: Label Studio does not let its coarse labels be set aside, so they stay "
+                f"({error}): run `firstrow attach --project {project.id}` again",
+                400,
+            ) from error
         if error.status != 404:
             raise
     ctx.studio.delete_prediction(copy)

@@ -13,10 +13,13 @@ from rich.text import Text
 
 from backend.attach import check
 from backend.context import Context
+from backend.enqueue import Board
 from backend.errors import FirstRowError
 from backend.project import Index, Project
 from backend.worker import alive
 
+#: Seconds until no worker counts as running: Redis may have lost its memory, and whoever works signs in anew.
+PATIENCE = 3.0
 #: Places of the queue, and unusable tasks, that are shown in a terminal; as JSON all of the latter are.
 SHOWN, SHOWN_UNUSABLE = 10, 50
 
@@ -50,12 +53,20 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "labels": labels(here, index),
         "waiting": ctx.board.wished(project),
         "jobs": ctx.board.jobs(project),
-        "workers": alive(ctx.board),
+        "workers": workers(ctx.board),
         "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
         "unusable": unusable(index),
         "error": ctx.board.error(project),
         "missing": missing(ctx, project),
     }
+
+
+def workers(board: Board) -> list[dict[str, Any]]:
+    """Workers that are there (see `alive`); where none is seen, looks again: each signs in anew every second."""
+    until = time.monotonic() + PATIENCE
+    while not (there := alive(board)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return there
 
 
 def labels(project: Project, index: Index) -> list[dict[str, Any]]:

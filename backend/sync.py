@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 
 from backend.coarse_answers import (
     COARSE_COPY,
+    SKIPS,
     active,
     copies_of,
+    copy_of,
     digest,
     give_back,
     held,
@@ -24,13 +27,15 @@ from backend.coarse_answers import (
     labels_of,
     may_be_set_aside,
     original_of,
+    uncopied,
     was_asked,
 )
-from backend.connection import OURS, note_of, our_backend
+from backend.connection import HIGHEST, OURS, note_of, our_backend
 from backend.context import Context
 from backend.errors import LabelStudioError, MaskError
 from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
+from backend.own_updates import change, put_back
 from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks
 from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
@@ -58,10 +63,14 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     ours = our_backend(ctx.studio, project.id, ctx.settings)
     names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
-    extra = {"round": max(rounds, default=0), "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
+    highest = max((number for number in rounds if number <= HIGHEST), default=0)
+    extra = {"round": highest, "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
     note = {**note_of(ours), **extra}
     if save:
+        before = project.extra()
         project.save_config(seen["label_config"], note)
+        if any(before.get(name) != note.get(name) for name in ("keeper", "skips")):  # other answers can be set aside
+            ctx.board.remember(project.id, [r.id for r in project.index().values() if r.stage == "coarse"])
     return parse(seen["label_config"], recorded=note)
 
 
@@ -138,8 +147,11 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
     check_results(task)
     task = return_what_changed(ctx, project, task)
     asked = record.asked or was_asked(task, config, OURS, str(project.extra().get("since", "")))
-    fresh = {"image": image_value(task, config), "updated_at": task.get("updated_at", ""), "error": "", "lost": ()}
-    tries = record.tries if fresh["updated_at"] == record.updated_at else 0
+    changed, image = task.get("updated_at", ""), image_value(task, config)
+    fresh: dict[str, Any] = {"image": image, "updated_at": changed, "error": "", "lost": ()}
+    tries = record.tries if changed == record.updated_at else 0
+    if image != record.image:
+        fresh |= {"size": (0, 0), "clusters": "", "counts": ()}
     record = replace(record, **fresh, coarse=False, asked=asked, tries=tries)
     record = replace(record, **vars_of_labels(project, task, config, asked))
     try:
@@ -165,50 +177,71 @@ def check_results(task: Mapping[str, Any]) -> None:
 def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) -> dict[str, Any]:
     """Give a coarse answer back that its author has changed after it was set aside, for example in an open editor.
 
+    A copy that somebody has deleted is made again from what the store keeps; where that has nothing, the answer counts
+    again as it is.
+
     Returns:
         The task as it is then.
     """
-    keeper, returned = int(project.extra().get("keeper", 0)), False
+    keeper, changed = int(project.extra().get("keeper", 0)), put_back(ctx, project.id, task)
+    if changed:
+        task = ctx.studio.task(task["id"], project.id)
+    for row in uncopied(task, keeper):
+        original = (project.store.read_json(project.coarse_answer_key(row["id"])) or {}).get("annotation")
+        if original is not None and digest(original) == digest(row):
+            ctx.studio.create_prediction(task["id"], copy_of(original), COARSE_COPY)
+        else:
+            restore(ctx, project, row, original or {})
+        changed = True
     for copy in copies_of(task):
         annotation, original = held(task, copy, keeper), original_of(copy)
-        if annotation is None:
+        if annotation is None or (annotation["was_cancelled"] and digest(annotation) == digest(original)):
             continue
-        missed = ctx.board.missed_update(annotation["id"]) if digest(annotation) == digest(original) else None
-        if missed is None and digest(annotation) == digest(original) and annotation["was_cancelled"]:
-            continue
-        log.info("project %d, task %d: its coarse labels were changed: given back", project.id, task["id"])
-        more = {"result": missed["result"]} if missed is not None else {}
-        give_back(ctx.studio, annotation["id"], original, **more)
-        ctx.board.forget_update(annotation["id"])
+        restore(ctx, project, annotation, original)
         ctx.studio.delete_prediction(copy["id"])
-        returned = True
-    return ctx.studio.task(task["id"], project.id) if returned else task
+        changed = True
+    return ctx.studio.task(task["id"], project.id) if changed else task
+
+
+def restore(ctx: Context, project: Project, annotation: dict[str, Any], original: dict[str, Any]) -> None:
+    """Give an annotation back to its author."""
+    number = annotation["id"]
+    log.info("project %d, task %s, annotation %d was changed: given back", project.id, annotation.get("task"), number)
+    if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation)):
+        log.warning("project %d, annotation %d: the account of its author is gone", project.id, number)
 
 
 def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> dict[str, Any]:
     """Stage, annotation id, version, and whether it may be set aside, of a task by its annotations and predictions."""
     stage, annotation, copy = stage_of(task, config, asked)
     sources = [f"{s['id']}:{s.get('updated_at') or s.get('created_at')}" for s in (annotation, copy) if s]
-    named = ",".join([*sources, config.meaning])
-    version = hashlib.sha1(named.encode()).hexdigest()[:12] if sources else ""
-    since, keeper = str(project.extra().get("since", "")), int(project.extra().get("keeper", 0))
+    named = ",".join([*sources, config.meaning, image_value(task, config)])
+    version = hashlib.sha1(named.encode("utf-8", "surrogatepass")).hexdigest()[:12] if sources else ""
+    extra = project.extra()
+    since, keeper = str(extra.get("since", "")), int(extra.get("keeper", 0))
     free = [may_be_set_aside(dict(task), row, config, since, keeper) for row in active(dict(task))]
-    number = annotation["id"] if annotation else 0
-    return {"stage": stage, "annotation": number, "version": version, "callable": asked and bool(free) and all(free)}
+    callable_ = asked and extra.get("skips") in SKIPS and bool(free) and all(free)
+    return {
+        "stage": stage,
+        "annotation": annotation["id"] if annotation else 0,
+        "version": version,
+        "callable": callable_,
+    }
 
 
 def stage_of(task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> tuple[Stage, Source, Source]:
     """The stage of a task, its annotation in force, and the kept copy of its coarse labels.
 
     The newest full segmentation wins, then the newest coarse answer. Skipped (cancelled) annotations say nothing about
-    the image.
+    the image. What was made after a coarse answer was set aside is no answer to clusters.
     """
     copies = copies_of(dict(task))
     copy = copies[-1] if copies else None
-    done = active(dict(task))
+    later = str(copy.get("created_at")) if copy else "never"
+    kinds = [(kind_of(a, config, asked and str(a.get("created_at")) < later), a) for a in active(dict(task))]
     for stage in ("full", "coarse", "other"):
-        for annotation in done:
-            if kind_of(annotation, config, asked) == stage:
+        for kind, annotation in kinds:
+            if kind == stage:
                 return stage, annotation, copy
     return ("returned" if copy else "new"), None, copy
 

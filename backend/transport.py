@@ -41,6 +41,7 @@ class Credentials(AuthBase):
         self.url, self.key = url, key
         self.renewable = key.count(".") == 2 and key.startswith("eyJ")
         self.access, self.renew_at = "", 0.0
+        self.session = patient("POST")  # asking for a token twice does no harm
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Set the header that Label Studio expects; never sent to another host."""
@@ -63,7 +64,7 @@ class Credentials(AuthBase):
         """
         path = "/api/token/refresh/"
         try:
-            answer = requests.post(self.url + path, json={"refresh": self.key}, timeout=TIMEOUT)
+            answer = self.session.post(self.url + path, json={"refresh": self.key}, timeout=TIMEOUT)
         except requests.RequestException as error:
             raise unreachable(self.url, error) from error
         if not answer.ok:
@@ -101,6 +102,25 @@ class Patience(Retry):
         return None if seconds is None else min(float(seconds), LONGEST_WAIT)
 
 
+def patience(*methods: str) -> Patience:
+    """For requests of these methods, which may be repeated."""
+    return Patience(
+        total=TRIES,
+        backoff_factor=0.3,
+        status_forcelist=(500, 502, 503, 504),
+        allowed_methods=methods,
+        raise_on_status=False,
+    )
+
+
+def patient(*methods: str) -> requests.Session:
+    """A session that repeats requests of these methods."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=patience(*methods)))
+    return session
+
+
 class Transport:
     """Calls Label Studio and returns parsed JSON; `Patience` says what is tried again.
 
@@ -112,18 +132,9 @@ class Transport:
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
         self.credentials = Credentials(self.url, key)
-        self.session = requests.Session()
-        again = Patience(
-            total=TRIES,
-            backoff_factor=0.3,
-            status_forcelist=(500, 502, 503, 504),
-            allowed_methods=("GET", "PATCH", "DELETE"),
-            raise_on_status=False,
-        )
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=again))
+        self.session = patient("GET", "PATCH", "DELETE")
         # A file that cannot be had is tried again in a minute; until then it must not hold the others up.
-        once = again.new(total=1, status_forcelist=(502, 503, 504))
+        once = patience("GET").new(total=1, status_forcelist=(502, 503, 504))
         self.files = download.session(guarded=False, max_retries=once)
 
     def call(

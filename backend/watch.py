@@ -1,8 +1,8 @@
 """A thread of each worker that looks around every second, also while its worker is busy: nothing stays undone.
 
-It starts rounds whose pause is over or whose jobs were lost, has its worker known to Redis, has all projects compared
-with Label Studio when Redis has lost its memory, and looks at a few counters of each project: they tell of an event
-that was lost. Of several workers one looks at a time.
+It starts rounds whose pause is over or whose jobs were lost, has all projects compared with Label Studio when Redis has
+lost its memory, and looks at a few counters of each project: they tell of an event that was lost. Of several workers
+one looks at a time. Another thread has the worker known to Redis, however long Label Studio lets the first one wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,6 @@ SHARE, LATEST = 0.05, 60.0
 
 #: Key of the jobs that `return_lost` found missing at its last look.
 MISSING = "firstrow:missing"
-#: Seconds between two looks at a project's label config.
-CONFIG = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,24 @@ class Watch:
         self.ctx, self.board, self.sign_in = ctx, ctx.board, sign_in
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.signing = threading.Thread(target=self._sign_in, name="sign in", daemon=True)
         self.rescue_at = 0.0
 
     def start(self) -> None:
         """Have every known project compared with Label Studio once, then look around in a thread."""
+        self.signing.start()
         self.thread.start()
 
     def end(self) -> None:
         """Stop looking."""
         self.done.set()
         self.thread.join(5)
+        self.signing.join(5)
+
+    def _sign_in(self) -> None:
+        while not self.done.wait(TICK):
+            with suppress(RedisError):  # the next time may do better
+                self.sign_in()
 
     def _run(self) -> None:
         fresh = True
@@ -97,7 +104,6 @@ class Watch:
 
     def look(self) -> None:
         """Look at everything once."""
-        self.sign_in()
         if self.board.forgot():
             log.warning("Redis has lost its memory: all projects are compared with Label Studio")
             recover(self.ctx)
@@ -119,13 +125,12 @@ class Watch:
 
     def _count(self, project: int) -> None:
         """Look at a project's counters, if it is time to and nothing of it is under way."""
-        if self.board.busy(project) or self.board.wished(project) or not self.board.time_to_count(project):
+        if self.board.under_way(project) or not self.board.time_to_count(project):
             return
         began = time.monotonic()
         try:
             moved = count(self.ctx, project)
-            if self.board.turn(f"firstrow:{project}:config", CONFIG):
-                compare_config(self.ctx, project)
+            compare_config(self.ctx, project)
         except FirstRowError as error:
             log.info("project %d: its counters cannot be had: %s", project, error)
             if isinstance(error, LabelStudioError) and error.status in (403, 404):
@@ -143,8 +148,7 @@ def return_lost(board: Board) -> list[str]:
         The ids of jobs found so twice in a row; at the first look a worker may just be taking one up.
     """
     listed = {job for name in (GPU, DEFAULT) for job in board.queue(name).job_ids} | set(board.in_hand())
-    queued = [job for project in board.projects() for job in board.jobs(project) if job["status"] == "queued"]
-    missing = {job["id"]: job["queue"] for job in queued if job["id"] not in listed}
+    missing = {name: queue for name, queue in queued(board) if name not in listed}
     before: Any = board.redis.smembers(MISSING)
     lost = [job for job in missing if job.encode() in before]
     for job in lost:
@@ -154,6 +158,15 @@ def return_lost(board: Board) -> list[str]:
     if fresh := missing.keys() - lost:
         board.redis.sadd(MISSING, *fresh)
     return lost
+
+
+def queued(board: Board) -> Iterator[tuple[str, str]]:
+    """Ids and queues of all jobs of all projects that wait for a worker, their reconciles among them."""
+    for project in board.projects():
+        yield from ((job["id"], job["queue"]) for job in board.jobs(project) if job["status"] == "queued")
+        job = board.reconciling(project)
+        if job is not None and job.get_status(refresh=False) == "queued":
+            yield job.id, job.origin
 
 
 def recover(ctx: Context) -> None:
@@ -176,7 +189,7 @@ def count(ctx: Context, project: int) -> bool:
     settled = ctx.board.counters(project)
     if settled == counters.to_text():
         return False
-    if ctx.board.busy(project) or ctx.board.wished(project):
+    if ctx.board.under_way(project):
         return True  # an event came while we asked; the next look compares
     index = ctx.project(project).index()
     since = settled.rpartition(" ")[2]
@@ -194,9 +207,10 @@ def count(ctx: Context, project: int) -> bool:
 
 
 def compare_config(ctx: Context, project: int) -> None:
-    """Ask for a round if the label config has changed and no event told us."""
+    """Ask for a round if the label config has changed and no event told us, and for another look at the counters."""
     known = (ctx.store.read_json(ctx.project(project).key("config.json")) or {}).get("label_config")
     if ctx.studio.label_config(project) != known and not ctx.board.busy(project):
+        ctx.board.uncounted(project)
         ctx.board.request_round(project, "label config changed, and no event told us")
 
 

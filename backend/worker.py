@@ -76,6 +76,7 @@ class ResidentWorker(SimpleWorker):
             exception_handlers=[self.leave_reason],
         )
         self.board, self.reconcile = board, reconcile
+        self.born, self.registering = False, threading.Lock()
 
     def dequeue_job_and_maintain_ttl(self, *args: Any, **more: Any) -> Any:
         """Take the next job, after projects were given their turns."""
@@ -149,12 +150,27 @@ class ResidentWorker(SimpleWorker):
 
     def sign_in(self) -> None:
         """Have Redis know that this worker is there, again if it has forgotten; `status` looks there."""
-        if not self.connection.sismember(REDIS_WORKER_KEYS, self.key):
+        with self.registering:
+            known = self.connection.sismember(REDIS_WORKER_KEYS, self.key) and self.connection.exists(self.key)
+            if known or not self.born:
+                return
             with self.connection.pipeline() as pipe:
                 pipe.hset(self.key, mapping=self.serialize())
                 register(self, pipe)
                 pipe.expire(self.key, self.worker_ttl + SILENCE)
                 pipe.execute()
+
+    def register_birth(self) -> None:
+        """From now on `sign_in` may do it: rq refuses to begin where it finds a worker of that name."""
+        with self.registering:
+            super().register_birth()  # type: ignore[no-untyped-call]  # rq
+            self.born = True
+
+    def register_death(self) -> None:
+        """From now on `sign_in` must not."""
+        with self.registering:
+            self.born = False
+            super().register_death()  # type: ignore[no-untyped-call]  # rq
 
     def take_up(self) -> None:
         """Have the jobs taken up that this worker's last life left behind, without waiting for their silence."""

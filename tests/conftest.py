@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,9 @@ class Backend:
 class Backends:
     """Starts backends, each with a Redis database, a store and a web process of its own."""
 
-    def __init__(self, studio: Studio, redis_url: str, folder: Path, stack: ExitStack) -> None:
-        self.studio, self.redis_url, self.folder, self.stack = studio, redis_url, folder, stack
+    def __init__(self, studio: Studio, redis_url: str, folder: Path) -> None:
+        self.studio, self.redis_url, self.folder = studio, redis_url, folder
+        self.stacks: list[ExitStack] = []
         self.shared: dict[tuple[tuple[str, str], ...], Backend] = {}
 
     def start(self, worker: bool = True, **settings: str) -> Backend:
@@ -105,7 +107,7 @@ class Backends:
         folder, redis_url = self.folder / f"backend-{next(FOLDERS)}", f"{self.redis_url}/{next(DATABASES)}"
         folder.mkdir()
         environment = {**QUICK, **backend_settings(folder, redis_url, self.studio), **settings}
-        inner = self.stack.enter_context(ExitStack())
+        self.stacks.append(inner := ExitStack())
         inner.enter_context(start_serve(folder, environment))
         if worker:
             inner.enter_context(start_worker(folder, environment))
@@ -118,6 +120,14 @@ class Backends:
             self.shared[key] = self.start(True, **settings)
         return self.shared[key]
 
+    def __enter__(self) -> Backends:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop all, side by side: each takes seconds."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(ExitStack.close, self.stacks))
+
 
 DATABASES = itertools.count(1)
 FOLDERS = itertools.count(1)
@@ -126,8 +136,8 @@ FOLDERS = itertools.count(1)
 @pytest.fixture(scope="session")
 def backends(studio: Studio, redis_url: str, services_folder: Path) -> Iterator[Backends]:
     """Backends that live as long as the run."""
-    with ExitStack() as stack:
-        yield Backends(studio, redis_url, services_folder, stack)
+    with Backends(studio, redis_url, services_folder) as backends:
+        yield backends
 
 
 @pytest.fixture
@@ -139,8 +149,8 @@ def share_backend(backends: Backends) -> Callable[..., Backend]:
 @pytest.fixture
 def make_backend(studio: Studio, redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Backend]]:
     """Start a backend of a test's own; keyword arguments are settings."""
-    with ExitStack() as stack:
-        yield Backends(studio, redis_url, tmp_path, stack).start
+    with Backends(studio, redis_url, tmp_path) as backends:
+        yield backends.start
 
 
 @pytest.fixture(scope="session")

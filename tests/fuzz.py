@@ -6,24 +6,34 @@ Prints how many were read, refused as they should be, or raised what nobody fore
 from __future__ import annotations
 
 import argparse
+import atexit
 import io
 import json
+import logging
 import random
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flask.testing import FlaskClient
 from PIL import Image, features
 
+from backend.connection import SECRET_HEADER
+from backend.embedded import start_redis
 from backend.errors import ConfigError, MaskError
 from backend.label_config import Control, parse
 from backend.regions import bitmask, brush, polygon, to_mask
 from backend.rle import decode_rle, encode_rle
+from backend.settings import Settings
 from model.data import ImageError, decode, original_size
 
 LABELS = ("soil", "crop")
@@ -168,12 +178,80 @@ def configs() -> list[bytes]:
     return [f"<View>{image}{fine}</View>".encode(), f"<View>{image}{coarse}{fine}</View>".encode()]
 
 
+class RefusedError(Exception):
+    """An answer of 400 or 403: as it should be."""
+
+
+@lru_cache(maxsize=1)
+def client() -> tuple[FlaskClient, dict[str, str]]:
+    """The app on a real Redis, without a server around it, and the headers of project 22."""
+    from backend.app import create_app  # here: it takes seconds
+
+    stack = ExitStack()
+    atexit.register(stack.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    settings = Settings.read({
+        "LABEL_STUDIO_URL": "http://127.0.0.1:9",
+        "LABEL_STUDIO_API_KEY": "0" * 40,
+        "REDIS_URL": stack.enter_context(start_redis(folder)),
+        "FIRSTROW_STORE": str(folder / "store"),
+    })  # fmt: skip
+    return create_app(settings).test_client(), {SECRET_HEADER: settings.project_secret(22)}
+
+
+def asker(path: str) -> Callable[[random.Random, list[bytes]], None]:
+    """Sends damaged JSON to a route; what is answered otherwise than with 200, 201, 400 or 403 is raised by status."""
+
+    def ask(dice: random.Random, bases: list[bytes]) -> None:
+        body = dice.choice(bases)
+        if dice.random() < 0.2:
+            body = damaged(body, dice)
+        else:
+            for _ in range(dice.choice((1, 1, 2, 3))):
+                body = json.dumps(odd(json.loads(body), dice)).encode()
+        door, headers = client()
+        status = door.post(path, data=body, content_type="application/json", headers=headers).status_code
+        if status in (400, 403):
+            raise RefusedError
+        if status not in (200, 201):
+            raise type(f"Answer{status}", (Exception,), {})
+
+    return ask
+
+
+def webhooks() -> list[bytes]:
+    """Events as Label Studio sends them."""
+    annotation = {"id": 5, "task": 31, "result": json.loads(regions()[0]), "completed_by": 1}
+    rows: dict[str, dict[str, Any]] = {
+        "ANNOTATION_CREATED": {"task": {"id": 31, "data": {}}, "annotation": annotation},
+        "ANNOTATION_UPDATED": {"task": {"id": 31, "data": {}}, "annotation": annotation},
+        "ANNOTATIONS_CREATED": {"task": [{"id": 31}, {"id": 32}], "annotation": [annotation]},
+        "ANNOTATIONS_DELETED": {"annotations": [{"id": 5}, {"id": 6}]},
+        "TASKS_CREATED": {"tasks": [{"id": 31}, {"id": 32}]},
+        "TASKS_DELETED": {"tasks": [{"id": 31}]},
+        "PROJECT_UPDATED": {},
+        "START_TRAINING": {},
+    }
+    project = {"id": 22, "label_config": "<View/>"}
+    return [json.dumps({"action": action, "project": project, **row}).encode() for action, row in rows.items()]
+
+
+def predicts() -> list[bytes]:
+    """Questions for prelabels as Label Studio asks them."""
+    task = {"id": 31, "project": 22, "data": {"image": "/a.jpg"}, "annotations": [], "predictions": []}
+    more = {"label_config": "<View/>", "params": {"login": None, "password": None, "context": None}}
+    one, many = [task], [{**task, "id": number} for number in range(30)]
+    return [json.dumps({"project": "22.1795345419", "tasks": tasks, **more}).encode() for tasks in (one, many)]
+
+
 Target = tuple[Callable[[], list[bytes]], Callable[[random.Random, list[bytes]], None], tuple[type[Exception], ...]]
 TARGETS: dict[str, Target] = {
     "pictures": (pictures, read_picture, (ImageError,)),
     "rles": (brushes, read_rle, (ValueError,)),
     "regions": (regions, read_region, (MaskError,)),
     "configs": (configs, read_config, (ConfigError,)),
+    "webhooks": (webhooks, asker("/webhook"), (RefusedError,)),
+    "predicts": (predicts, asker("/predict"), (RefusedError,)),
 }
 
 
@@ -208,6 +286,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable()
     good = [run(name, given.count, given.seed) for name in given.targets]
     return 0 if all(good) else 1
 

@@ -324,11 +324,13 @@ def test_our_own_update_is_known_by_its_regions(served: Served) -> None:
     regions = [{"id": "cl3", "value": {"rle": [1, 2, 3], "brushlabels": ["Bäume"]}, "score": 0.25}]
     annotation = {"id": 169, "task": 31, "completed_by": 1, "was_cancelled": True, "result": regions}
     body = {"action": "ANNOTATION_UPDATED", "project": {"id": 22}, "task": {"id": 31}, "annotation": annotation}
-    served.board.expect_own_update(169, digest(annotation))
+    served.board.expect_own_update(22, 169, digest(annotation), "2026-11-25T20:00:00Z")
     assert served.post("/webhook", body, SECRET).json()["job"] is None
     theirs = [*regions, {"id": "drawn"}]
     assert served.post("/webhook", {**body, "annotation": {**annotation, "result": theirs}}, SECRET).json()["job"]
-    assert served.board.missed_update(169) == {"id": 169, "result": theirs}
+    missed = served.board.missed_update(22, 169)
+    assert missed is not None
+    assert missed["result"] == theirs
 
 
 def test_large_requests_are_taken(served: Served) -> None:

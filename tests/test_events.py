@@ -110,20 +110,33 @@ def test_a_change_is_remembered_and_asks_for_a_round(board: Board) -> None:
 
 
 def test_our_own_updates_are_not_events_and_a_persons_is_kept(board: Board) -> None:
-    board.expect_own_update(169, digest(ANNOTATION))
+    board.expect_own_update(22, 169, digest(ANNOTATION), "2026-11-25T20:00:00Z")
     assert handle(UPDATED, board) is None
     assert board.take(22) == (set(), set())
-    theirs = {**ANNOTATION, "result": [{"id": "drawn"}]}
-    assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation=theirs), board)
+
+    def saved(result: object, at: str) -> Event:
+        row = {**ANNOTATION, "result": result, "updated_at": f"2026-11-25T20:00:0{at}Z"}
+        return Event("ANNOTATION_UPDATED", 22, (31,), annotation=row)
+
+    def kept() -> object:
+        return (board.missed_update(22, 169) or {}).get("result")
+
+    assert handle(saved([{"id": "drawn"}], "1.5"), board)
     assert board.take(22) == ({31}, set())
-    assert board.missed_update(169) == {"id": 169, "result": theirs["result"]}
-    text = {**ANNOTATION, "result": b"[]"}  # as the web process has it
-    assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation=text), board) is None
+    assert kept() == [{"id": "drawn"}]
+    assert handle(saved(b"[]", "1.7"), board) is None, "as the web process has it"
     assert handle(Event("ANNOTATION_UPDATED", 22, (31,), annotation={"id": 169, "task": 31}), board)
-    assert board.missed_update(169) == {"id": 169, "result": theirs["result"]}, "nothing is kept without regions"
-    board.forget_update(169)
-    assert board.missed_update(169) is None
-    assert handle(UPDATED, board), "no longer ours"
+    assert handle(saved([{"id": "old"}], "1.4"), board)
+    assert kept() == [{"id": "drawn"}], "the last one is kept"
+    board.own_update_is_done(22, 169, "2026-11-25T20:00:01.7Z")
+    assert handle(saved([], "1.7"), board) is None
+    assert handle(saved([], "1.8"), board), "somebody saved the same again"
+    board.forget_missed_update(22, 169)
+    assert kept() is None
+    other = Event("ANNOTATION_UPDATED", 23, (31,), annotation={**ANNOTATION, "result": [{"id": "forged"}]})
+    assert handle(other, board)
+    assert board.missed_update(23, 169) is None, "nothing of another project's annotations is believed"
+    assert kept() is None
 
 
 def test_an_empty_list_changes_nothing(board: Board) -> None:

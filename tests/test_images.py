@@ -21,8 +21,10 @@ from PIL import Image
 
 from backend.download import Download
 from backend.errors import ImageFetchError, LabelStudioError
+from backend.faults import due, in_turn, with_error
 from backend.images import FOLDERS, PATIENCE, ImageCache, check_host, fetch, prune, served_path, write
 from backend.labelstudio import LabelStudio
+from backend.project import TaskRecord
 
 CONFIG = """<View>
   <Image name="image" value="$image"/>
@@ -43,6 +45,8 @@ class Site:
             def do_GET(self) -> None:
                 site.seen.append((self.path, self.headers.get("Authorization")))
                 status, headers, body = site.pages.get(self.path.partition("?")[0], (404, {}, b""))
+                if not status:  # hangs up
+                    return
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
@@ -300,6 +304,29 @@ def test_a_host_that_does_not_answer_costs_time_a_few_times(
         time.sleep(1.1)
         with pytest.raises(ImageFetchError, match="within"):
             fetch(door, 1, f"http://{host}/a.png", {host})
+
+
+def test_pictures_that_are_not_asked_for_have_not_failed(door: LabelStudio, cache: Callable[..., ImageCache]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{closed.getsockname()[1]}"
+        index = {}
+        for task in range(1, PATIENCE + 3):
+            with pytest.raises(ImageFetchError) as error:
+                cache(host).get(1, task, f"http://{host}/{task}.png")
+            index[task] = with_error(TaskRecord(task), error.value)
+    assert [record.tries for record in index.values()] == [1] * PATIENCE + [0, 0]
+    assert not any(due(record) for record in index.values())
+    assert in_turn(index, index) == [PATIENCE + 1, PATIENCE + 2, *range(1, PATIENCE + 1)]
+
+
+def test_a_host_that_hangs_up_on_a_few_pictures_is_asked_for_the_others(door: LabelStudio, site: Site) -> None:
+    site.pages["/a.png"] = (200, {}, picture())
+    site.pages["/bad.png"] = (0, {}, b"")
+    for _ in range(PATIENCE + 1):
+        with pytest.raises(ImageFetchError, match="hung up"):
+            fetch(door, 1, f"http://{site.host}/bad.png", {site.host})
+    assert fetch(door, 1, f"http://{site.host}/a.png", {site.host}) == picture()
 
 
 @contextmanager

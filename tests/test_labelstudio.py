@@ -198,9 +198,10 @@ class Shaky(BaseHTTPRequestHandler):
         self.asked.append(self.command)
         self.send_response(self.statuses.pop(0) if self.statuses else 200)
         self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", "2")
+        said = b'{"access": "a"}' if "token" in self.path else b"{}"
+        self.send_header("Content-Length", str(len(said)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(said)
 
     do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815  (names of http.server)
 
@@ -238,6 +239,13 @@ def test_a_fault_that_stays_is_told(shaky: Transport) -> None:
         shaky.call("PATCH", "/x", body={})
     assert error.value.status == 500
     assert len(Shaky.asked) == TRIES + 1
+
+
+def test_a_token_is_asked_for_again(shaky: Transport) -> None:
+    door = Transport(shaky.url, "eyJ.eyJ.x")
+    Shaky.statuses[:] = [503, 500]
+    assert door.credentials.header() == "Bearer a"
+    assert Shaky.asked == ["POST"] * 3
 
 
 def test_a_page_instead_of_json(door: LabelStudio) -> None:

@@ -180,9 +180,9 @@ def test_what_happened_while_we_were_down_is_made_good(
 
 
 def test_everything_is_rebuilt_from_label_studio(
-    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+    share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
-    backend = make_backend(FIRSTROW_COARSE_TASKS="1")
+    backend = share_backend(FIRSTROW_COARSE_TASKS="1")
     team = Team(backend, pictures)
     team.attach()
     team.coarse()
@@ -371,24 +371,35 @@ def test_old_orders_go_and_what_may_be_open_stays() -> None:
     assert "seg-80" in expired(old, dict.fromkeys(old, 10), known)
 
 
-def test_a_changed_annotation_is_learnt_again(
+def test_a_changed_annotation_is_learnt_again_and_a_new_picture_gets_new_clusters(
     share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before = team.attach()
-    task = team.ranking()[0]
+    task, other = team.ranking()[:2]
+    for version in ("seg-1" + 18 * "0", "seg-" + 5000 * "9", "first-row-٣"):
+        team.studio.create_prediction(other, [], version, 0.5)  # others may name theirs so, and numbers of ours go on
     team.segment(task)
     one = team.wait(before)
     first = team.project.store.read_json(team.project.key("model.json"))
     annotation = team.studio.task(task, team.id)["annotations"][0]
     whole = fine_regions(np.ones((120, 160), np.uint8), np.zeros((120, 160), np.uint8), team.config, (160, 120))
     team.studio.update_annotation(annotation["id"], whole)
-    team.wait(one)
+    two = team.wait(one)
+    assert two < 1000
     second = team.project.store.read_json(team.project.key("model.json"))
     assert first["trained"][str(task)] != second["trained"][str(task)]
     stored = team.project.store.read_map(team.project.label_key(task))
     assert stored is not None
     assert (stored == 1).all()
+    data = team.studio.task(other, team.id)["data"]
+    team.studio.http.call("PATCH", f"/api/tasks/{task}/", body={"data": data})
+    team.wait(two)
+    index = team.project.index()
+    maps = [team.project.store.read_map(team.project.cluster_key(index[t].clusters, t)) for t in (task, other)]
+    np.testing.assert_array_equal(*maps)
+    third = team.project.store.read_json(team.project.key("model.json"))
+    assert second["trained"][str(task)] != third["trained"][str(task)]
 
 
 def test_two_rounds_on_real_images(share_backend: Callable[..., Backend], data_folder: Path) -> None:

@@ -18,7 +18,7 @@ from backend import generations, publish
 from backend.attach import apply, plan
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
-from backend.generations import remove
+from backend.generations import KEEP_ORDERS, gather, remove
 from backend.project import TaskRecord
 from backend.rank import Place
 from backend.score import scored
@@ -139,7 +139,7 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     publish_order(ctx, project, index, config, places(ids), 3)
     assert served(backend, project.id) == ids[0]
     project.store.delete(project.key("served.json"))
-    assert publish_order(ctx, project, index, config, places(again), 4)["queue"] == "first-row-4"
+    assert publish_order(ctx, project, index, config, places(again), 90)["queue"] == "first-row-90"
 
     entry: dict[str, object] = {}
     ctx.board.enqueue("clean", project.id)
@@ -151,6 +151,20 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     assert remove(ctx, project, "first-row-1", size, entry)
     assert "first-row-1" not in ctx.studio.versions(project.id)
     assert served(backend, project.id) == again[0]
+
+    studio, names = ctx.studio, ("seg-2", "seg-3", "seg-77")  # two of ours that people may have open, one of a team
+    made = [studio.create_prediction(task, [], name, 0.5) for task, name in zip(ids, names, strict=False)]
+    for _ in range(2):
+        then = time.time() - KEEP_ORDERS - 60
+        recent = {n: {**entry, "published": then} for n, entry in generations.history(project).items()}
+        project.store.write_json(project.key("generations.json"), recent)
+        generations.clean_versions(ctx, project)
+    kept = [{p["id"]: p["model_version"] for p in studio.predictions(task)} for task in ids[:3]]
+    assert [rows.get(number) for rows, number in zip(kept, made, strict=True)] == ["seg-2", "seg-2", "seg-77"]
+    assert not generations.unfinished(project)
+    ctx.board.enqueue("clean", project.id)
+    assert not gather(ctx, project, "seg-77", ids, {}), "a job that waits goes first"
+    assert studio.versions(project.id)["seg-77"] == 1
 
 
 def refreshed(backend: Backend, project: int) -> object:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
+import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from conftest import Backend
 from numpy.typing import NDArray
 from team import GROUPS, SEG, Team, stages
 
-from backend.annotator import prelabel, shown_prediction
+from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, plan
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest, may_be_set_aside, original_of
-from backend.connection import keeper_address
+from backend.connection import SECRET_HEADER, keeper_address
 from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
@@ -31,6 +35,7 @@ from backend.sync import read_task, refresh_config
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
+User = Callable[[str], LabelStudio]
 #: What setting an annotation aside changes, and what Label Studio counts itself.
 CHANGING = {"was_cancelled", "completed_by", "updated_at", "updated_by", "created_ago", "created_username"}
 CHOICE = {"from_name": "quality", "to_name": "photo", "type": "choices", "value": {"choices": ["sharp"]}}
@@ -179,52 +184,155 @@ def test_an_open_editor_can_update_what_was_set_aside(share_backend: Share, pict
     assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, author)
 
 
-def test_an_update_that_label_studio_lost_to_ours_is_put_back(share_backend: Share, pictures: Pictures) -> None:
+def test_only_what_label_studio_lost_to_our_own_change_is_put_back(share_backend: Share, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.attach()
-    task = answer(team)
+    task, board = answer(team), team.backend.context.board
     given = task["annotations"][0]
-    record, board = read(team, task["id"]), team.backend.context.board
-    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    assert reopen(team.backend.context, team.project, read(team, task["id"])).stage == "returned"
+    team.settle()  # the round may have done so, too
+    ours = board.own_update(team.id, given["id"])
     whole = team.annotator().full_result(task["id"])
-    board.keep_update(given["id"], {**given, "result": whole})  # what our webhook was told of it
-    assert read(team, task["id"]).stage == "full"
-    [row] = team.studio.task(task["id"], team.id)["annotations"]
-    assert row["result"] == whole
-    assert board.missed_update(given["id"]) is None
+
+    def told(result: object, at: str) -> TaskRecord:
+        """What reading the task comes to after this event of its answer."""
+        row = {"id": given["id"], "task": task["id"], "result": result, "updated_at": at}
+        body = {
+            "action": "ANNOTATION_UPDATED",
+            "project": {"id": team.id},
+            "task": {"id": task["id"]},
+            "annotation": row,
+        }
+        settings = team.backend.context.settings
+        secret = {SECRET_HEADER: settings.project_secret(team.id)}
+        assert requests.post(f"{settings.url}/webhook", json=body, headers=secret, timeout=30).ok
+        team.settle()
+        return read(team, task["id"])
+
+    assert told(given["result"][:1], given["updated_at"]).stage == "returned", "a replay of what was before"
+    assert told(given["result"][:1], "2999-01-01T00:00:00Z").stage == "returned", "nothing Label Studio has said"
+    between = datetime.fromisoformat(ours["done"]) - timedelta(microseconds=1)
+    assert told(whole, between.isoformat()).stage == "full"
+    row = annotations(team)[given["id"]]
+    assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, given["completed_by"])
 
 
-def test_updates_at_the_very_moment_are_never_lost(share_backend: Share, pictures: Pictures) -> None:
+def test_what_was_saved_last_stands(share_backend: Share, make_user: User, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.attach()
-    task = answer(team)
-    given, keeper = task["annotations"][0], 0
-    read(team, task["id"])
-    keeper = int(team.project.extra()["keeper"])
-    base, acknowledged, over = given["result"], [given["result"]], threading.Event()
+    anna = make_user("anna")
+    task = answer(team, anna)
+    given = task["annotations"][0]
+    assert reopen(team.backend.context, team.project, read(team, task["id"])).stage == "returned"
+    anna.update_annotation(given["id"], given["result"][:1])
+    anna.update_annotation(given["id"], given["result"])  # undone, and saved again
+    team.settle()
+    assert read(team, task["id"]).stage == "returned"
+    assert annotations(team)[given["id"]]["result"] == given["result"]
 
-    def hammer() -> None:
-        for number in itertools.count():
-            if over.is_set():
-                return
-            changed = [{**base[0], "meta": {**base[0]["meta"], "try": number}}, *base[1:]]
-            team.studio.update_annotation(given["id"], changed)
-            acknowledged.append(changed)
 
-    thread = threading.Thread(target=hammer)
-    thread.start()
-    for _ in range(15):
-        now = team.studio.task(task["id"], team.id)
-        row = next(row for row in now["annotations"] if row["id"] == given["id"])
-        set_aside(team.backend.context, team.project, now, row, keeper)
+def test_saves_at_the_very_moment_are_not_lost(share_backend: Share, make_user: User, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    anna, redis, busy = make_user("anna"), team.backend.context.board.redis, f"firstrow:{team.id}:busy"
+    task = answer(team, anna)
+    team.settle()
+    given = task["annotations"][0]
+    base, pauses, lost, aside = given["result"], random.Random(1), [], 0
+    for number in range(int(os.environ.get("FIRSTROW_SAVES", 8))):
+        redis.set(busy, "this test")  # it is the only round
         read(team, task["id"])
-    over.set()
-    thread.join()
-    team.backend.wait(team.id)
-    read(team, task["id"])
-    [last] = team.studio.task(task["id"], team.id)["annotations"]
-    missed = team.backend.context.board.missed_update(given["id"])
-    assert acknowledged[-1] in (last["result"], (missed or {}).get("result")), "the last save is there"
+        now = team.studio.task(task["id"], team.id)
+        [row] = now["annotations"]
+        saves = [[{**base[0], "meta": {**base[0]["meta"], "save": [number, n]}}, *base[1:]] for n in (1, 2)]
+
+        def save(pause: float, saves: Any = saves) -> None:
+            time.sleep(pause)
+            for result in saves:
+                anna.update_annotation(given["id"], result)
+
+        person = threading.Thread(target=save, args=(pauses.uniform(0, 0.3),))
+        person.start()
+        aside += set_aside(team.backend.context, team.project, now, row, int(team.project.extra()["keeper"]))
+        read(team, task["id"])
+        person.join()
+        time.sleep(0.2)  # its event
+        read(team, task["id"])
+        [last] = team.studio.task(task["id"], team.id)["annotations"]
+        if last["result"] != saves[-1]:
+            lost.append((number, last["result"][0]["meta"].get("save")))
+    redis.delete(busy)
+    assert not lost, f"{aside} set aside"
+
+
+def set_aside_by_a_round(team: Team, person: LabelStudio) -> dict[str, Any]:
+    """A person's coarse answer that a round has set aside; the annotation as it was given."""
+    last, given = team.backend.round(team.id), answer(team, person)["annotations"][0]
+    team.wait(last)
+    team.coarse()
+    team.settle()
+    assert annotations(team)[given["id"]]["was_cancelled"]
+    return dict(given)
+
+
+def test_an_answer_is_found_when_its_copy_was_deleted(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    team.attach()
+    anna = make_user("anna")
+    given = set_aside_by_a_round(team, anna)
+
+    def delete_all_predictions() -> None:
+        chosen = {"selectedItems": {"all": True, "excluded": []}}
+        action = {"id": "delete_tasks_predictions", "project": team.id}
+        team.studio.http.call("POST", "/api/dm/actions/", params=action, body=chosen)
+        assert copies_of(team.studio.task(given["task"], team.id)) == []
+
+    delete_all_predictions()
+    assert read(team, given["task"]).stage == "returned"
+    [copy] = copies_of(team.studio.task(given["task"], team.id))
+    assert original_of(copy)["completed_by"] == given["completed_by"]
+    delete_all_predictions()
+    whole = team.annotator().full_result(given["task"])
+    anna.update_annotation(given["id"], whole)
+    team.settle()
+    assert read(team, given["task"]).stage == "full"
+    row = annotations(team)[given["id"]]
+    assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, given["completed_by"])
+
+
+def test_answers_that_cannot_be_set_aside_cost_only_themselves(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    before = team.attach()
+    anna = make_user("anna")
+    odd = anna.next_task(team.id)
+    assert odd is not None
+    first, *rest = prelabel(odd)
+    beyond = json.dumps({"result": [{**first, "meta": {**first["meta"], "x": 2**70}}, *rest], **started_from(odd)})
+    token = {"Authorization": f"Token {anna.http.credentials.key}", "Content-Type": "application/json"}
+    url = f"{team.studio.url}/api/tasks/{odd['id']}/annotations/"
+    assert requests.post(url, data=beyond, headers=token, timeout=60).ok
+    before = team.wait(before)
+    team.studio.patch_project(team.id, skip_queue="IGNORE_SKIPPED")
+    given = answer(team, anna)["annotations"][0]
+    before = team.wait(before)
+    team.settle()
+    assert not annotations(team)[given["id"]]["was_cancelled"], "nobody would get it again"
+    team.studio.delete_user(int(team.project.extra()["keeper"]))
+    team.studio.patch_project(team.id, skip_queue="REQUEUE_FOR_OTHERS")
+    team.segment(team.ranking()[-1])
+    before = team.wait(before)
+    team.settle()
+    rows = status(team.backend.context, team.id)["unusable"]["tasks"]
+    unusable = {row["task"]: row["reason"] for row in rows}
+    assert "64-bit" in unusable[odd["id"]]
+    assert "firstrow attach" in unusable[given["task"]]
+    team.attach()
+    team.settle()
+    assert annotations(team)[given["id"]]["was_cancelled"]
 
 
 def test_what_was_asked_is_known_when_predictions_and_index_are_gone(share_backend: Share, pictures: Pictures) -> None:
@@ -524,10 +632,8 @@ def test_classes_stay_right_when_the_label_config_changes(
     assert todo.project == team.id, "plain attach accepts it, too"
 
 
-def test_a_config_that_changes_in_mid_round_starts_it_anew(
-    make_backend: Callable[..., Backend], pictures: Pictures
-) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_TRAIN_STEPS="300"), pictures)
+def test_a_config_that_changes_in_mid_round_starts_it_anew(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before = team.attach()
     team.segment(team.ranking()[0])
     board = team.backend.context.board
@@ -539,7 +645,7 @@ def test_a_config_that_changes_in_mid_round_starts_it_anew(
     config = team.project.config()
     assert config.fine.labels == ("weed", "soil", "crop")
     log = "".join(path.read_text() for path in team.backend.folder.glob("worker*.log"))
-    assert "the label config was changed during the round" in log
+    assert f"project {team.id}: the label config was changed during the round" in log
 
 
 def test_one_class_an_empty_pool_and_two_peoples_work(

@@ -84,3 +84,17 @@ def test_the_newest_full_annotation_counts() -> None:
     coarse = {"id": 3, "result": [region("coarse")], "updated_at": "2026-01-03"}
     _, annotation, _ = stage_of({"annotations": [older, coarse, newer]}, CONFIG, False)
     assert annotation == newer
+
+
+@pytest.mark.parametrize(("made", "stage"), [("2026-01-01", "other"), ("2026-01-03", "full")])
+def test_an_empty_answer_after_the_coarse_one_means_background(made: str, stage: str) -> None:
+    implicit = parse(
+        """<View><Image name="image" value="$image"/>
+        <BrushLabels name="coarse" toName="image"><Label value="Earth" classes="background"/>
+        <Label value="Plant" classes="crop"/>
+        </BrushLabels><BrushLabels name="seg" toName="image"><Label value="crop"/></BrushLabels></View>"""
+    )
+    assert implicit.background == ""
+    copy = {"id": 3, "model_version": "coarse-labels", "result": [], "created_at": "2026-01-02"}
+    task = {"annotations": [{"id": 1, "result": [], "created_at": made}], "predictions": [copy]}
+    assert stage_of(task, implicit, True)[0] == stage

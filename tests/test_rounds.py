@@ -39,6 +39,15 @@ def test_numbers_are_never_given_twice(board: Board) -> None:
     assert board.number(7, str(board.busy(7)), 0) == 7, "also when the job that took it runs again"
 
 
+def test_numbers_of_any_length_that_others_chose(board: Board) -> None:
+    _, number = begun(board, least=10**9)
+    assert number == 10**9 + 1
+    assert board.enqueue("publish", 7, number).id == f"publish-7-{number}"
+    assert board.finish(7, number)
+    board.redis.set("firstrow:7:count", "1e+18")  # as an earlier release left it
+    assert begun(board, least=4)[1] == 5
+
+
 def test_a_round_that_was_overtaken_neither_frees_nor_queues(board: Board) -> None:
     token, late = begun(board)
     board.redis.flushdb()

@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,8 +24,10 @@ from rq.job import Job
 
 from backend import supervisor, watch, worker
 from backend.children import child
+from backend.context import connect
 from backend.embedded import start_redis, start_worker
 from backend.enqueue import Board
+from backend.settings import Settings
 
 #: What the jobs of these tests do; each leaves a line `<job> <pid>` in the file it is given when it starts.
 JOBS = """
@@ -341,6 +345,56 @@ def test_job_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
     assert watch.return_lost(board) == [lost.id]
     assert board.queue("default").job_ids == [waiting.id, lost.id]
     assert watch.return_lost(board) == []
+
+
+def test_reconcile_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
+    board.reconcile(7)
+    lost = board.redis.lpop(board.queue("default").key)
+    board.reconcile(7)
+    assert board.queue("default").job_ids == []
+    assert watch.return_lost(board) == []
+    assert watch.return_lost(board) == [bytes(lost).decode()]  # type: ignore[arg-type]
+    board.reconcile(7)
+    assert board.queue("default").job_ids == [bytes(lost).decode()]  # type: ignore[arg-type]
+
+
+def test_a_worker_signs_in_while_label_studio_lets_it_wait(board: Board, redis_url: str, tmp_path: Path) -> None:
+    board.register(7)
+    times: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        given = {"LABEL_STUDIO_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "LABEL_STUDIO_API_KEY": "0" * 40}
+        ours = {"REDIS_URL": redis_url, "FIRSTROW_STORE": str(tmp_path / "store")}
+        watching = watch.Watch(connect(Settings.read({**given, **ours})), lambda: times.append(time.monotonic()))
+        watching.start()
+        asked, _ = silent.accept()
+        with asked:
+            before = len(times)
+            until(lambda: len(times) >= before + 3)
+            assert watching.thread.is_alive()
+    watching.end()
+
+
+def test_no_worker_signs_in_after_its_good_bye(board: Board) -> None:
+    leaving, done = worker.ResidentWorker(board, ["gpu"], "leaving", 900), threading.Event()
+
+    def sign_in() -> None:
+        while not done.is_set():
+            leaving.sign_in()
+
+    threads = [threading.Thread(target=sign_in) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            leaving.register_birth()
+            assert worker.alive(board)
+            leaving.register_death()
+            time.sleep(0.01)
+            assert worker.alive(board) == []
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
