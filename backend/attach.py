@@ -17,7 +17,7 @@ from backend.errors import AttachRefused, ConfigError
 from backend.label_config import OURS, ProjectConfig, parse, shares_names, without_coarse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
-from backend.steps import Found, Step, named_groups, steps
+from backend.steps import Found, Step, keep_note, named_groups, steps
 
 __all__ = ["Plan", "apply", "check", "credentials", "detach", "our_backend", "plan", "recorded"]
 
@@ -37,11 +37,13 @@ class Plan:
         project: Label Studio's project id.
         notes: what to know about the project.
         steps: changes, in the order in which they are safe; none when all is in place.
+        found: the project as it was then.
     """
 
     project: int
     notes: tuple[str, ...]
     steps: tuple[Step, ...]
+    found: Found
 
     @property
     def sentences(self) -> list[str]:
@@ -68,7 +70,7 @@ def plan(studio: LabelStudio, project: int, settings: Settings, groups: Groups |
         LabelStudioError: wrong key, no such project, or no connection.
     """
     found = look(studio, project, settings, groups)
-    return Plan(project, (*notes(found), *host_notes(found)), tuple(steps(found)))
+    return Plan(project, (*notes(found), *host_notes(found)), tuple(steps(found)), found)
 
 
 def apply(plan: Plan) -> None:
@@ -80,6 +82,7 @@ def apply(plan: Plan) -> None:
     """
     for step in plan.steps:
         step.run()
+    keep_note(plan.found)
 
 
 def check(studio: LabelStudio, project: int, settings: Settings) -> list[str]:

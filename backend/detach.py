@@ -138,7 +138,7 @@ def restore_config(here: Attached, wanted: str) -> Iterator[str]:
     except LabelStudioError as error:
         if error.status != 400:
             raise
-        yield "Kept the control for coarse labels: annotations use it (`--coarse file` saves and removes those)."
+        yield "Kept the control for coarse labels: annotations use it (`--coarse file` removes most)."
 
 
 def cleaned(now: str, before: str) -> str:

@@ -92,6 +92,7 @@ def plan_file(here: Attached, file: Path) -> Iterator[Undo]:
         yield Undo(f"Leave {count} coarse labels as annotations: they have a draft or a comment.", list)
     count = sum(len(row["annotations"]) for row in answer_rows(here, drafts))
     text = f"Save {count} coarse labels to {file}, then delete them; their tasks are free again."
+    text = text if count else "No other coarse labels are left to save."
     yield Undo(text, lambda: answers_to_file(here, file))
 
 
@@ -192,7 +193,7 @@ def back(here: Attached, annotation: Row, original: Row) -> str:
     if now["was_cancelled"]:
         return f"annotation {number} is still set aside."
     if here.account and author(now) == here.account:
-        return f"annotation {number} counts again, but nobody knows its author: our account stays its author."
+        return f"annotation {number} counts again, under our account: its author is gone, or not known."
     return ""
 
 

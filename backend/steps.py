@@ -114,7 +114,14 @@ def make_keeper(found: Found) -> None:
     """Make the keeper account, or take the key's own user where accounts may not be made."""
     studio, ours = found.studio, our_backend(found.studio, found.id, found.settings)
     keeper = keeper_account(studio, found.id) or new_keeper(studio, found.id)
-    write_note(studio, found.id, found.settings, {**(note_of(ours) or new_note(found)), "keeper": keeper})
+    write_note(studio, found.id, found.settings, {**new_note(found), **note_of(ours), "keeper": keeper})
+
+
+def keep_note(found: Found) -> None:
+    """Write our note once more where Label Studio has lost it by now: see `write_note`."""
+    note = note_of(our_backend(found.studio, found.id, found.settings))
+    if not ("before" in note and "keeper" in note):
+        make_keeper(found)
 
 
 def new_keeper(studio: LabelStudio, project: int) -> int:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,20 @@ class Backend:
 
     def __init__(self, master: str | None) -> None:
         self.events: list[tuple[str, str | None, Any]] = []
-        self.slow = 0.0
+        self.asked, self.hold, self.held = threading.Event(), threading.Event(), False
         backend = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                time.sleep(backend.slow)
                 self.answer({"status": "UP"})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 backend.events.append((self.path, self.headers.get(SECRET_HEADER), body))
+                if backend.held and self.path == "/setup":
+                    backend.held = False
+                    backend.asked.set()
+                    backend.hold.wait(2)
                 self.answer({"model_version": "seg-0", "results": [[] for _ in body.get("tasks", [])]})
 
             def answer(self, body: dict[str, Any]) -> None:
@@ -229,22 +233,16 @@ def test_a_note_that_label_studio_loses_is_written_again(
     credentials = attach.credentials(settings, project)
     door.patch_ml(ours["id"], **credentials, extra_params={NOTE: {**whole, "keeper": "7"}})
     door.delete_user(int(whole["keeper"]))
-    backend.slow = 0.3  # while it waits for our health Label Studio has an old row in hand, which it then saves
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            door.ml_backends(project)
-            stop.wait(0.5)
-
-    thread = threading.Thread(target=look)
+    plan, backend.held = attach.plan(door, project, settings), True
+    thread = threading.Thread(target=door.ml_backends, args=(project,))
     thread.start()
-    try:
-        attach.apply(attach.plan(door, project, settings))
-    finally:
-        stop.set()
-        thread.join()
-    backend.slow = 0
+    assert backend.asked.wait(5)  # while it waits for us Label Studio has the old row in hand, which it then saves
+    for step in plan.steps:
+        step.run()
+    backend.hold.set()
+    thread.join()
+    assert "keeper" not in attach.recorded(door, project, settings), "lost"
+    attach.apply(replace(plan, steps=()))
     assert attach.check(door, project, settings) == []
     [keeper] = [user["id"] for user in door.users() if user["email"] == keeper_address(project)]
     assert attach.recorded(door, project, settings) == {**whole, "keeper": keeper}

@@ -15,9 +15,9 @@ import requests
 from conftest import Backend
 from numpy.typing import NDArray
 from team import Team
-from test_people import CHOICE, WITH_CHOICE, annotations, around, lasting, run
+from test_people import CHOICE, WITH_CHOICE, annotations, around, lasting, read, run
 
-from backend.annotator import prelabel
+from backend.annotator import prelabel, started_from
 from backend.answers_file import write_answers
 from backend.coarse_answers import COARSE_COPY, copies_of, copy_of
 from backend.connection import keeper_account
@@ -160,7 +160,7 @@ def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_sh
     assert run(team, "detach", *project, "--coarse", "keep") == 1
     said = capsys.readouterr()
     assert f"Label Studio cannot show task {broken}" in said.err
-    assert f"annotation {lost['id']} counts again, but nobody knows its author" in said.out
+    assert f"annotation {lost['id']} counts again, under our account" in said.out
     assert len(team.studio.ml_backends(team.id)) == 1
     team.studio.http.call("DELETE", f"/api/tasks/{broken}/")
     for _ in range(2):
@@ -176,6 +176,32 @@ def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_sh
         assert kept["result"]
         assert keeper_account(team.studio, team.id), "it still has an annotation"
     assert "still handed to it" in capsys.readouterr().out
+
+
+def test_what_others_have_open_is_theirs_when_an_answer_is_set_aside(
+    team: Team, make_user: Callable[[str], LabelStudio]
+) -> None:
+    anna, ben = make_user("anna"), make_user("ben")
+    tasks = team.ranking()[:3]
+    opened = [team.studio.task(task, team.id) for task in tasks]  # in an editor of Ben's
+    given = answers(team, anna, tasks)
+    aside(team, given)
+    whole = [team.annotator().full_result(task) for task in tasks]
+    made = ben.create_annotation(tasks[0], whole[0], **started_from(opened[0]))
+    skip = ben.create_annotation(tasks[1], [], was_cancelled=True, **started_from(opened[1]))
+    draft = {"result": whole[2], "lead_time": 3, **started_from(opened[2])}
+    number = ben.http.call("POST", f"/api/tasks/{tasks[2]}/drafts", body=draft)["id"]
+    assert [read(team, task).stage for task in tasks] == ["full", "returned", "returned"]
+    for _ in range(2):
+        assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+        left = annotations(team)
+        assert all(is_as_given(left[row["id"]], row) for row in given)
+        assert left[made["id"]]["result"] == whole[0]
+        assert (left[skip["id"]]["was_cancelled"], left[skip["id"]]["completed_by"]) == (True, ben.whoami()["id"])
+        assert len(left) == 5
+        assert ben.http.call("GET", f"/api/drafts/{number}/")["result"] == whole[2]
+    sent = ben.create_annotation(tasks[2], whole[2], draft_id=number, **started_from(opened[2]))
+    assert annotations(team)[sent["id"]]["result"] == whole[2]
 
 
 def test_file_of_answers_survives_a_full_disk(tmp_path: Path) -> None:
