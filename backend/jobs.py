@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
-from backend.connection import HIGHEST, digest, our_backend
+from backend.connection import HIGHEST, our_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
@@ -28,7 +28,7 @@ from backend.project import Index, Project, TaskRecord, labelled, pool
 from backend.publish import call_back, in_force, mark_asked, publish_order
 from backend.rank import rank
 from backend.score import note_unscored, score_tasks, scored, scores_key, unscored
-from backend.sync import listing, refresh_config, sync
+from backend.sync import check_config, listing, refresh_config, sync
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -224,16 +224,6 @@ def reconcile(ctx: Context, project: Project) -> None:
         ctx.board.request_round(project.id, "reconcile")
     elif unfinished(project) and not ctx.board.waiting():
         ctx.board.enqueue("clean", project.id)
-
-
-def check_config(ctx: Context, project: Project) -> None:
-    """Look whether the label config still is the one that this round began with.
-
-    Raises:
-        StartAnew: it is not.
-    """
-    if digest(ctx.studio.label_config(project.id)) != digest(project.label_config()):
-        raise StartAnew("the label config was changed during the round: it starts anew")
 
 
 def whole(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:

@@ -35,6 +35,7 @@ from backend.prepare import clusters_name
 from backend.project import HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
 from backend.score import scores_key
+from backend.sync import check_config
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def publish_order(
     elif places:
         send(ctx, project, config, places, state)
         ctx.board.go_on(project.id)
+        check_config(ctx, project)
         # Label Studio sorts by this version from now on. Our ML backend keeps its old title until `clean_generations`.
         ctx.studio.patch_project(project.id, model_version=state["queue"])
         project.store.write_json(project.key("served.json"), {"queue": state["queue"], "tasks": tasks, "changes": 0})
@@ -259,6 +261,7 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
         The record, as it was where anything about the task's annotations is not what was read: a person was faster,
         and the next round looks at the task anew.
     """
+    check_config(ctx, project)
     config, extra = project.config(), project.extra()
     task = ctx.studio.task(record.id, project.id)
     rows, keeper = active(task), int(extra.get("keeper", 0))

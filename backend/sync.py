@@ -31,8 +31,9 @@ from backend.coarse_answers import (
     was_asked,
 )
 from backend.connection import HIGHEST, OURS, note_of, our_backend
+from backend.connection import digest as config_digest
 from backend.context import Context
-from backend.errors import LabelStudioError, MaskError
+from backend.errors import LabelStudioError, MaskError, StartAnew
 from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
 from backend.own_updates import change, put_back
@@ -72,6 +73,16 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
         if any(before.get(name) != note.get(name) for name in ("keeper", "skips")):  # other answers can be set aside
             ctx.board.remember(project.id, [r.id for r in project.index().values() if r.stage == "coarse"])
     return parse(seen["label_config"], recorded=note)
+
+
+def check_config(ctx: Context, project: Project) -> None:
+    """Look whether the label config still is the one that this round began with.
+
+    Raises:
+        StartAnew: it is not.
+    """
+    if config_digest(ctx.studio.label_config(project.id)) != config_digest(project.label_config()):
+        raise StartAnew("the label config was changed during the round: it starts anew")
 
 
 def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, set[int]]:
