@@ -8,6 +8,7 @@ FirstRowError
 |  `- SlowHostError    its host does not answer in time
 |     `- NotAskedError its host was not asked, for it does not answer
 |- MaskError           one region or mask cannot be read
+|- InUseError          somebody is at work on an annotation that we would change
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
 |- DetachUnfinished    a project that could not be detached as a whole
@@ -59,6 +60,10 @@ class NotAskedError(SlowHostError):
 
 class MaskError(FirstRowError):
     """A region or mask of one task cannot be read."""
+
+
+class InUseError(FirstRowError):
+    """Somebody has a draft of an annotation: Label Studio would delete it if we changed the annotation."""
 
 
 class StoreError(FirstRowError):

@@ -266,14 +266,22 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     task = ctx.studio.task(record.id, project.id)
     rows, keeper = active(task), int(extra.get("keeper", 0))
     free = all(may_be_set_aside(task, row, config, str(extra.get("since", "")), keeper) for row in rows)
-    if not (rows and free and extra.get("skips") in SKIPS and any(row["id"] == record.annotation for row in rows)):
+    known = any(row["id"] == record.annotation for row in rows)
+    if not (known and free and extra.get("skips") in SKIPS):
         ctx.board.remember(project.id, [record.id])
+        return record
+    drafted = ctx.studio.drafted(record.id)
+    if any(row["id"] in drafted for row in rows):  # Label Studio would delete their drafts; a later round sees to it
         return record
     if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
         ctx.board.remember(project.id, [record.id])
         return record
     log.info("project %d, task %d: coarse labels set aside, task open again", project.id, record.id)
-    return replace(record, stage="returned", annotation=0, callable=False)
+    now = ctx.studio.task(record.id, project.id)
+    left = {row["id"]: digest(row) for row in now["annotations"] if row["was_cancelled"]}
+    if active(now) or any(left.get(row["id"]) != digest(row) for row in rows):  # somebody was at work at this moment
+        ctx.board.remember(project.id, [record.id])
+    return replace(record, stage="returned", annotation=0, callable=False, updated_at=now.get("updated_at", ""))
 
 
 def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: dict[str, Any], keeper: int) -> bool:

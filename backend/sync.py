@@ -30,10 +30,10 @@ from backend.coarse_answers import (
     uncopied,
     was_asked,
 )
-from backend.connection import HIGHEST, OURS, note_of, our_backend
+from backend.connection import HIGHEST, OURS, keeper_account, note_of, our_backend
 from backend.connection import digest as config_digest
 from backend.context import Context
-from backend.errors import LabelStudioError, MaskError, StartAnew
+from backend.errors import InUseError, LabelStudioError, MaskError, StartAnew
 from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
 from backend.own_updates import change, put_back
@@ -67,6 +67,7 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     highest = max((number for number in rounds if number <= HIGHEST), default=0)
     extra = {"round": highest, "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
     note = {**note_of(ours), **extra}
+    note["keeper"] = note.get("keeper") or keeper_account(ctx.studio, project.id)
     if save:
         before = project.extra()
         project.save_config(seen["label_config"], note)
@@ -109,7 +110,11 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
     Returns:
         The index without tasks that are gone and with those that are new, and the ids whose labels must be read.
     """
-    copies = ctx.studio.tasks_with_version(project.id, COARSE_COPY) if not index else set()
+    aside: set[int] = set()
+    if not index:  # tasks without an annotation that counts, which are read all the same
+        keeper = int(project.extra().get("keeper", 0))
+        aside = ctx.studio.tasks_with_version(project.id, COARSE_COPY)
+        aside |= ctx.studio.tasks_annotated_by(project.id, keeper) if keeper else set()
     fresh: Index = {}
     read: set[int] = set()
     for row in ctx.studio.tasks(project.id):
@@ -118,7 +123,7 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
         if old is not None and another:
             old = replace(old, image=image, size=(0, 0), error="", clusters="", counts=())
         fresh[row["id"]] = old or TaskRecord(row["id"], image, row.get("updated_at", ""))
-        if another or differs(row, old) or row["id"] in copies:
+        if another or differs(row, old) or row["id"] in aside:
             read.add(row["id"])
     return fresh, read
 
@@ -215,8 +220,17 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
 
 
 def restore(ctx: Context, project: Project, annotation: dict[str, Any], original: dict[str, Any]) -> None:
-    """Give an annotation back to its author."""
+    """Give an annotation back to its author.
+
+    Raises:
+        InUseError: somebody has a draft of it.
+    """
     number = annotation["id"]
+    if number in ctx.studio.drafted(annotation["task"]):
+        raise InUseError(
+            f"annotation {number} was changed after it was set aside, and somebody goes on with it in a draft: "
+            "it counts when the draft is submitted or deleted"
+        )
     log.info("project %d, task %s, annotation %d was changed: given back", project.id, annotation.get("task"), number)
     if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation)):
         log.warning("project %d, annotation %d: the account of its author is gone", project.id, number)

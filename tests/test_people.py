@@ -25,6 +25,7 @@ from backend.attach import apply, plan
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest, may_be_set_aside, original_of
 from backend.connection import SECRET_HEADER, keeper_address
+from backend.errors import InUseError
 from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
@@ -215,6 +216,34 @@ def test_only_what_label_studio_lost_to_our_own_change_is_put_back(share_backend
     assert told(whole, between.isoformat()).stage == "full"
     row = annotations(team)[given["id"]]
     assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, given["completed_by"])
+
+
+def test_an_answer_that_somebody_goes_on_with_is_left(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    team.attach()
+    ctx, task = team.backend.context, answer(team)
+    given, whole = task["annotations"][0], team.annotator().full_result(task["id"])
+
+    def begin() -> None:
+        team.studio.create_draft(task["id"], given["id"], whole, 1.0)
+
+    def end() -> None:
+        [draft] = team.studio.drafts(task["id"])
+        team.studio.http.call("DELETE", f"/api/drafts/{draft['id']}/")
+
+    begin()
+    team.settle()
+    record = read(team, task["id"])
+    assert reopen(ctx, team.project, record).stage == "coarse"
+    end()
+    team.settle()
+    assert reopen(ctx, team.project, read(team, task["id"])).stage == "returned"
+    team.studio.update_annotation(given["id"], whole)
+    begin()
+    with pytest.raises(InUseError, match="goes on with it in a draft"):
+        read(team, task["id"])
+    end()
+    assert read(team, task["id"]).stage == "full"
 
 
 def test_what_was_saved_last_stands(share_backend: Share, make_user: User, pictures: Pictures) -> None:
