@@ -15,18 +15,42 @@ import requests
 from conftest import Backend
 from numpy.typing import NDArray
 from team import Team
-from test_people import CHOICE, WITH_CHOICE, annotations, around, lasting, read, run
+from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read
 
-from backend.annotator import prelabel, started_from
+from backend.annotator import prelabel, shown_prediction, started_from
 from backend.answers_file import write_answers
-from backend.coarse_answers import COARSE_COPY, copies_of, copy_of
-from backend.connection import keeper_account
+from backend.cli import main
+from backend.coarse_answers import COARSE_COPY, copies_of, copy_of, digest
+from backend.connection import keeper_account, keeper_address
 from backend.errors import AttachRefused
 from backend.labelstudio import LabelStudio
+from backend.publish import reopen
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
 Row = dict[str, Any]
+
+
+def run(team: Team, *arguments: str) -> int:
+    """The command, with the settings of this team's backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in team.backend.environment.items():
+            patch.setenv(name, value)
+        return main(arguments)
+
+
+def around(team: Team) -> dict[str, Any]:
+    """All of a project that attach may touch, and its annotations."""
+    row = team.studio.project(team.id)
+    return {
+        **{name: value for name, value in row.items() if name not in ("control_weights", "parsed_label_config")},
+        "tabs": [view["data"] for view in team.studio.views(team.id)],
+        "backends": len(team.studio.ml_backends(team.id)),
+        "webhooks": len(team.studio.webhooks(team.id)),
+        "versions": team.studio.versions(team.id),
+        "keeper": [u["id"] for u in team.studio.users() if u["email"] == keeper_address(team.id)],
+        "labelled": [t["is_labeled"] for t in team.studio.tasks(team.id)],
+    }
 
 
 @pytest.fixture
@@ -219,3 +243,144 @@ def test_file_of_answers_survives_a_full_disk(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, old)
     assert file.read_bytes() == was
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_no_open_editor_loses_its_work_by_a_detach(
+    share_backend: Share, make_user: Callable[[str], LabelStudio], pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = team.attach()
+    team.segment(team.ranking()[0])
+    team.wait(before)
+    people = [make_user(name) for name in ("anna", "ben", "chi")]
+    opened = [person.next_task(team.id) for person in people]
+    begun = [shown_prediction(task) for task in opened if task]
+    assert all(begun)
+    [anna, ben, chi], [one, two, three] = people, [int(task["id"]) for task in opened if task]
+    draft = {"result": team.annotator().full_result(one), "parent_prediction": begun[0]["id"], "lead_time": 3}  # type: ignore[index]
+    number = anna.http.call("POST", f"/api/tasks/{one}/drafts", body=draft)["id"]
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    assert team.studio.versions(team.id) == {}
+    anna.create_annotation(one, draft["result"], draft_id=number, parent_prediction=begun[0]["id"])  # type: ignore[index]
+    ben.create_annotation(two, team.annotator().full_result(two), parent_prediction=begun[1]["id"])  # type: ignore[index]
+    chi.create_annotation(three, [], was_cancelled=True, parent_prediction=begun[2]["id"])  # type: ignore[index]
+    made = [row for row in annotations(team).values() if not row["was_cancelled"]]
+    assert len(made) == 3
+    parked = team.studio.projects(f"First Row: open prelabels of project {team.id}")
+    assert len(parked) == 1
+
+
+def coarse_answers(team: Team) -> None:
+    """Two coarse answers: one that is set aside, one that stands."""
+    team.attach()
+    last = team.backend.round(team.id)
+    answer(team)
+    team.wait(last)
+
+
+def test_detach_asks_what_becomes_of_coarse_labels(
+    share_backend: Share, pictures: Pictures, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    before = around(team)
+    coarse_answers(team)
+    team.settle()
+    attached, made = around(team), annotations(team)
+    assert run(team, "detach", "--project", str(team.id)) == 1
+    assert "--coarse keep" in capsys.readouterr().err
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file") == 1
+    file = tmp_path / "coarse.json"
+    for choice in ("keep", "file"):
+        dry = ["--dry-run", "--coarse", choice, "--file", str(file)]
+        assert run(team, "detach", "--project", str(team.id), *dry) == 0
+        assert "Disconnect the ML backend" in capsys.readouterr().out
+    assert around(team) == attached
+    assert run(team, "export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")) == 0
+    rows = json.loads((tmp_path / "all.json").read_text())
+    exported = [row for task in rows for row in task["annotations"]]
+    assert {row["id"] for row in exported} == set(made)
+    assert all(row["lead_time"] == 5.0 and row["completed_by"] for row in exported)
+    assert annotations(team) == made
+
+    for _ in range(2):  # every step may be repeated
+        assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
+        after = around(team)
+        assert {name: after[name] for name in before if after[name] != before[name]} == {}
+        assert annotations(team) == {}
+    saved = [row for task in json.loads(file.read_text()) for row in task["annotations"]]
+    assert len(saved) == len(made), "a second detach does not write over what the first one saved"
+    assert {digest(row) for row in saved} == {digest(row) for row in made.values()}
+    everything = ["export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")]
+    assert run(team, *everything) == 1, "an earlier export is not replaced"
+    assert run(team, *everything, "--force") == 0
+    again = [row for task in json.loads((tmp_path / "all.json").read_text()) for row in task["annotations"]]
+    aside = {number for number, row in made.items() if row["was_cancelled"]}
+    assert {row["id"] for row in again} == aside, "the store remembers what was set aside"
+
+
+def test_a_detach_that_goes_on_keeps_what_was_saved_before(
+    share_backend: Share, pictures: Pictures, tmp_path: Path
+) -> None:
+    team, file = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures), tmp_path / "coarse.json"
+    team.attach()
+    one = answer(team)["annotations"][0]
+    early = {"id": 1, "data": {}, "annotations": [{"id": 10**9, "result": one["result"]}]}
+    file.write_text(json.dumps([early]))
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
+    rows = json.loads(file.read_text())
+    assert {row["id"] for task in rows for row in task["annotations"]} == {one["id"], 10**9}
+    assert annotations(team) == {}
+    file.write_text("somebody's notes")
+    team.attach()
+    answer(team)
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 1
+    assert file.read_text() == "somebody's notes"
+    assert len(annotations(team)) == 1
+
+
+def test_detach_gives_coarse_labels_back_as_they_were(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
+    before = around(team)
+    team.attach()
+    given = answer(team)["annotations"][0]
+    record = read(team, given["task"])
+    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    [row] = annotations(team).values()
+    assert lasting(row) == {**lasting(given), "parent_prediction": row["parent_prediction"]}
+    assert row["parent_prediction"] in (None, given["parent_prediction"]), "unset where the prediction is deleted"
+    assert (row["completed_by"], row["was_cancelled"]) == (given["completed_by"], False)
+    after = around(team)
+    assert {name for name in before if after[name] != before[name]} <= {
+        *("label_config", "labelled", "num_tasks_with_annotations", "useful_annotation_number"),
+        *("total_annotations_number", "queue_done", "state", "finished_task_number", "queue_total"),
+    }
+    assert after["labelled"].count(True) == 1
+
+
+def test_detach_during_a_round_stops_it_first(make_backend: Callable[..., Backend], pictures: Pictures) -> None:
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="1", FIRSTROW_TRAIN_STEPS="400"), pictures)
+    before = around(team)
+    team.attach()
+    given = answer(team)["annotations"][0]
+    team.segment(team.ranking()[-1])
+    board = team.backend.context.board
+    assert board.busy(team.id)
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    assert board.busy(team.id) is None
+    row = annotations(team)[given["id"]]
+    assert lasting(row) == {**lasting(given), "parent_prediction": row["parent_prediction"]}
+    assert row["parent_prediction"] in (None, given["parent_prediction"]), "unset where the prediction is deleted"
+    assert not row["was_cancelled"]
+    after = around(team)
+    for name in ("sampling", "model_version", "tabs", "backends", "webhooks", "versions", "keeper"):
+        assert after[name] == before[name], name
+
+
+def test_detach_refuses_nothing_where_there_is_no_coarse_label(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before = around(team)
+    team.attach()
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    after = around(team)
+    assert {name: after[name] for name in before if after[name] != before[name]} == {}
