@@ -73,7 +73,7 @@ def plan_keep(here: Attached, count: int) -> Iterator[Undo]:
     yield Undo(
         f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids, regions, lead "
         "and creation times. Their `updated_at` and `updated_by` change, and that they began from a prelabel of ours "
-        "(`parent_prediction`) is forgotten; what earlier releases had deleted gets new ids and times.",
+        "(`parent_prediction`) may be forgotten; what earlier releases had deleted gets new ids and times.",
         lambda: one_by_one(here.answers, partial(answers_back, here)),
     )
 
