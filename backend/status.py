@@ -33,8 +33,9 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
 
     Returns:
         `project`, `round`, `phase`, `version`, `model`, `note`, `published` (seconds since the epoch), `tasks` (in
-        the queue), `stages` (tasks per stage), `waiting` (whether changes wait for a round), `jobs` (of the round
-        in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
+        the queue), `stages` (tasks per stage), `without_mask` (tasks with answers that are no mask and that we leave
+        alone: Label Studio does not serve them again), `waiting` (whether changes wait for a round), `jobs` (of the
+        round in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
         `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the `tasks` by id:
         task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
         None when all is well), `missing` (what `attach` would still add).
@@ -50,6 +51,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "project": project,
         **fields,
         "stages": state.get("stages", {}),
+        "without_mask": sum(r.stage == "other" or (r.stage == "coarse" and not r.callable) for r in index.values()),
         "labels": labels(here, index),
         "waiting": ctx.board.wished(project),
         "jobs": ctx.board.jobs(project),
@@ -178,8 +180,8 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield f"Last error, in {found['error']['step']}: {found['error']['message']}"
     for row in found["labels"]:
         yield str(row["says"])
-    if found["stages"].get("other"):
-        yield f"{found['stages']['other']} tasks are annotated without a mask: Label Studio will not serve them again."
+    if found["without_mask"]:
+        yield f"{found['without_mask']} tasks are annotated without a mask: Label Studio will not serve them again."
     for sentence in found["missing"]:
         yield f"Missing: {sentence}"
 

@@ -95,7 +95,7 @@ def test_answers_without_a_mask_stand_for_ever_and_are_counted(share_backend: Sh
     assert len(made) == 5
     assert {number: now[number] for number in made} == made
     assert [stages(team)[task] for task in (first, second, third, fourth, empty)] == ["other"] * 5
-    assert status(team.backend.context, team.id)["stages"]["other"] == 5
+    assert status(team.backend.context, team.id)["without_mask"] == 5
     assert not {first, second, third, fourth, empty} & set(team.ranking())
 
 
@@ -150,6 +150,7 @@ def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictur
         assert lasting(row) == lasting(was)
         assert not row["was_cancelled"]
         assert task not in team.ranking()
+    assert status(team.backend.context, team.id)["without_mask"] == len(made)
 
 
 def test_an_update_before_it_is_set_aside_stays(share_backend: Share, pictures: Pictures) -> None:
