@@ -83,7 +83,7 @@ def clean_generations(ctx: Context, project: Project) -> None:
 
 
 def clean_versions(ctx: Context, project: Project) -> None:
-    """Delete the versions that may go, and gather old prelabels; stops where a job waits."""
+    """Delete the versions that may go, and gather old prelabels; gives way to jobs that wait after doing a little."""
     state, known = project.state(), history(project)
     current, before = int(state.get("round", 0)), set(project.extra().get("before", {}).get("versions", []))
     sizes = {v: n for v, n in ctx.studio.versions(project.id).items() if OURS.fullmatch(v) and v not in before}
@@ -94,24 +94,22 @@ def clean_versions(ctx: Context, project: Project) -> None:
     rounds = {v: number for v, number in rounds.items() if str(number) in known}  # others may be a team's own
     versions = {version: sizes[version] for version in rounds}
     old = {v: number for v, number in rounds.items() if number < current and v != state.get("queue")}
-    for version in expired(old, versions, known):
+    for done, version in enumerate(expired(old, versions, known)):
         entry = known[str(old[version])]
-        if ctx.board.waiting():
+        if done and ctx.board.waiting():
             break
-        if version.startswith(QUEUE):  # the head's prelabels outlive their order
-            entry.setdefault("removed", 0)
-            if not gather(ctx, project, version, entry["head"], known):
-                break
+        # The head's prelabels outlive their order.
+        if version.startswith(QUEUE) and not gather(ctx, project, version, entry["head"], known):
+            break
         if not remove(ctx, project, version, versions[version], entry):
             break
-    for version in [] if ctx.board.waiting() else crowded(old, known, buckets(project)):
-        entry = known[str(old[version])]
-        entry.setdefault("removed", 0)
+    for done, version in enumerate(crowded(old, known, buckets(project))):
+        if done and ctx.board.waiting():
+            break
         if not gather(ctx, project, version, sorted(ctx.studio.tasks_with_version(project.id, version)), known):
             break
         if old[version] not in buckets(project).values():  # it may be the one under which others are gathered
             ctx.studio.delete_version(project.id, version)
-        entry.pop("removed", None)
     known = {**history(project), **known}  # with that of a round beside us
     left = {number for version, number in rounds.items() if version in ctx.studio.versions(project.id)}
     young = {int(number) for number, entry in known.items() if entry["published"] > time.time() - KEEP_ORDERS}
@@ -121,14 +119,14 @@ def clean_versions(ctx: Context, project: Project) -> None:
 
 def unfinished(project: Project) -> bool:
     """Whether a removal gave way to something more urgent."""
-    return any("removed" in entry for entry in history(project).values())
+    return any({"removed", "gathered"} & entry.keys() for entry in history(project).values())
 
 
 def remove(ctx: Context, project: Project, version: str, size: int, entry: dict[str, Any]) -> bool:
     """Delete the predictions of a version without anybody waiting for it.
 
     Deleting a version at once locks Label Studio's SQLite for 5 ms per prediction, and after 5 s people's submits fail.
-    So a large one goes prediction by prediction, and gives way to any job that waits.
+    So a large one goes prediction by prediction, and gives way to any job that waits after a page of tasks.
 
     Args:
         ctx: where Label Studio is.
@@ -144,12 +142,12 @@ def remove(ctx: Context, project: Project, version: str, size: int, entry: dict[
         entry.setdefault("removed", 0)
         ids = [task for task in sorted(project.index()) if task > entry["removed"]]
         for start in range(0, len(ids), PAGE):
+            if start and ctx.board.waiting():
+                return False
             page = ids[start : start + PAGE]
             for task in ctx.studio.full_tasks(project.id, page):
                 for prediction in task.get("predictions") or []:
                     if prediction.get("model_version") == version:
-                        if ctx.board.waiting():
-                            return False
                         ctx.studio.delete_prediction(int(prediction["id"]))
             entry["removed"] = page[-1]
             progress(min(start + PAGE, len(ids)), len(ids))
@@ -195,19 +193,25 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
     """Have prelabels outlive their version: they move, ids and all, to the one under which this time's are gathered.
 
     Returns:
-        Whether all have moved; else a job waits, and a later call goes on.
+        Whether all have moved; else a job waits after a page of tasks, and a later call goes on.
     """
     later = f"{VERSION}-{bucket(project, int(version.rpartition('-')[2]), known)}"
     if later == version:
         return True
-    for task in ctx.studio.full_tasks(project.id, tasks):
-        if task.get("annotations"):
-            continue  # submitted: the annotation does not need it any more
-        for prediction in task.get("predictions") or []:
-            if prediction.get("model_version") == version:
-                if ctx.board.waiting():
-                    return False
-                ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
+    entry = known[str(int(version.rpartition("-")[2]))]
+    left = [task for task in sorted(tasks) if task > entry.get("gathered", 0)]
+    for start in range(0, len(left), PAGE):
+        if start and ctx.board.waiting():
+            return False
+        page = left[start : start + PAGE]
+        for task in ctx.studio.full_tasks(project.id, page):
+            if task.get("annotations"):
+                continue  # submitted: the annotation does not need it any more
+            for prediction in task.get("predictions") or []:
+                if prediction.get("model_version") == version:
+                    ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
+        entry["gathered"] = page[-1]
+    entry.pop("gathered", None)
     return True
 
 

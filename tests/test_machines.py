@@ -18,7 +18,7 @@ from backend import generations, publish
 from backend.attach import apply, plan
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
-from backend.generations import KEEP_ORDERS, gather, remove
+from backend.generations import KEEP_ORDERS, PAGE, gather, remove
 from backend.project import TaskRecord
 from backend.rank import Place
 from backend.score import scored
@@ -145,7 +145,7 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     ctx.board.enqueue("clean", project.id)
     size = ctx.studio.versions(project.id)["first-row-1"]
     assert not remove(ctx, project, "first-row-1", size, entry), "a job that waits goes first"
-    assert ctx.studio.versions(project.id)["first-row-1"] == size
+    assert 0 < ctx.studio.versions(project.id)["first-row-1"] < size, "but not for ever"
     for queue in (GPU, DEFAULT):  # attach and events left jobs too, and there is no worker
         ctx.board.queue(queue).empty()
     assert remove(ctx, project, "first-row-1", size, entry)
@@ -163,8 +163,9 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     assert [rows.get(number) for rows, number in zip(kept, made, strict=True)] == ["seg-2", "seg-2", "seg-77"]
     assert not generations.unfinished(project)
     ctx.board.enqueue("clean", project.id)
-    assert not gather(ctx, project, "seg-77", ids, {}), "a job that waits goes first"
-    assert studio.versions(project.id)["seg-77"] == 1
+    known: dict[str, dict[str, object]] = {"77": {}}
+    assert not gather(ctx, project, "seg-77", ids, known), "a job that waits goes first"
+    assert known["77"]["gathered"] == sorted(ids)[PAGE - 1], "but not for ever"
 
 
 def refreshed(backend: Backend, project: int) -> object:
