@@ -14,6 +14,9 @@ from backend.coarse_answers import digest
 from backend.errors import AttachRefused
 from backend.store import write_file
 
+#: `meta` of each task in the file.
+OURS = {"first_row": "coarse labels"}
+
 
 def saved_before(present: Sequence[Mapping[str, Any]], file: Path) -> list[dict[str, Any]]:
     """What a detach that died half-way has saved in the file and already deleted: it must not be written over.
@@ -29,6 +32,8 @@ def saved_before(present: Sequence[Mapping[str, Any]], file: Path) -> list[dict[
         return []
     known = {name_of(answer) for row in present for answer in row["annotations"]}
     try:
+        if not all(row["meta"] == OURS for row in orjson.loads(file.read_bytes())):
+            raise ValueError("it was written by somebody else")
         rows = [
             {**row, "annotations": [answer for answer in row["annotations"] if name_of(answer) not in known]}
             for row in orjson.loads(file.read_bytes())

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from redis import RedisError
@@ -16,9 +16,12 @@ from rich.console import Console
 
 from backend import cli_bench
 from backend.cli_bench import positive
-from backend.errors import AttachRefused, DetachUnfinished, FirstRowError
+from backend.errors import AttachRefused, FirstRowError
 from backend.perf import GROUPS
 from backend.settings import Settings
+
+if TYPE_CHECKING:
+    from backend.context import Context
 
 #: Seconds that `detach` waits for running jobs.
 STOP_SECONDS = 120
@@ -194,11 +197,17 @@ def _run_detach(given: argparse.Namespace) -> None:
     try:
         for sentence in detach(*wanted, **known):
             _say(sentence)
-    except DetachUnfinished:
-        ctx.board.forget(given.project)  # no order of ours any more
+    except BaseException:
+        _forget(ctx, given.project)
+        ctx.board.stop(given.project, 0)  # until `attach`, or a detach that ends
         raise
-    ctx.board.forget(given.project)
-    project.forget_order()
+    _forget(ctx, given.project)
+
+
+def _forget(ctx: Context, project: int) -> None:
+    """There is no order of ours any more."""
+    ctx.board.forget(project)
+    ctx.project(project).forget_order()
 
 
 def _run_export_coarse(given: argparse.Namespace) -> None:

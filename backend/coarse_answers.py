@@ -9,6 +9,7 @@ copied, to the store and to a prediction.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -125,7 +126,12 @@ def author(annotation: Row) -> int | None:
 
 def digest(annotation: Row) -> str:
     """Tells whether what an annotation says has changed."""
-    return hashlib.sha256(orjson.dumps(annotation.get("result") or [], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    result = annotation.get("result") or []
+    try:
+        text = orjson.dumps(result, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:  # a number of more than 64 bits, or half a character
+        text = json.dumps(result, sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()
 
 
 def copy_of(annotation: Row) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from backend.answers_file import saved_before, write_answers
+from backend.answers_file import OURS, saved_before, write_answers
 from backend.attached import Attached, Undo, one_by_one, readable, tasks_of_keeper
 from backend.coarse_answers import (
     COARSE_COPY,
@@ -249,7 +249,7 @@ def answer_rows(here: Attached, drafts: Mapping[int, set[int]] | None = None) ->
         stay = set() if drafts is None else {row["id"] for row, _, _ in staying(here, task, hung)}
         answers = [row for row in answers_of(here, task) if row.get("id") not in stay]
         if answers:
-            rows.append({"id": task["id"], "data": task["data"], "annotations": answers})
+            rows.append({"id": task["id"], "data": task["data"], "meta": OURS, "annotations": answers})
     return rows
 
 

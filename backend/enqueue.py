@@ -46,8 +46,8 @@ ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 IN_ROUND = {"fit_codebook", "prepare", "plan_round", "train", "plan_scores", "score", "publish"}
 #: Seconds until a round that failed by a fault that may heal is tried again, the first time, the second time, ...
 PAUSES = (5, 30, 120, 600)
-#: Seconds for which a stopped project stays stopped unless it is registered again.
-STOPPED = 3600
+#: Seconds for which a project that was stopped, then forgotten, stays stopped: what was under way comes to nothing.
+STOPPED = 60
 #: Seconds after which another worker looks at the counters of a project, when one has died while it looked.
 KEEP_COUNTING = 120
 #: Job states in which a job still has something to do.
@@ -353,8 +353,8 @@ class Board:
         From now on no round and no reconcile of the project starts, whoever asks: wishes are remembered, no more. Jobs
         that wait are cancelled. A job that runs ends by `RoundOver` at its next `go_on`, which every job calls as it
         starts, between two tasks and training steps (by `progress`), and before it writes to Label Studio; a request to
-        Label Studio that is under way is not broken off. The project stays stopped for `STOPPED` seconds, also after
-        `forget`, or until `register` (`attach`, the first `/setup`) lifts it.
+        Label Studio that is under way is not broken off. The project stays stopped until `register` (`attach`) lifts
+        it, or for `STOPPED` seconds after `forget`.
 
         Args:
             project: Label Studio's project id.
@@ -364,7 +364,7 @@ class Board:
             Whether no job of the project runs any more. If False one is still in a long request or computation; it will
             write nothing after that while the project is stopped.
         """
-        self.redis.set(_key(project, "stopped"), 1, ex=STOPPED)
+        self.redis.set(_key(project, "stopped"), 1)
         self.redis.delete(_key(project, "busy"), _key(project, "owner"), _key(project, "jobs"), _key(project, "retry"))
         until = time.monotonic() + seconds
         while True:
@@ -580,8 +580,9 @@ class Board:
         self.redis.sadd("firstrow:projects", project)
 
     def forget(self, project: int) -> None:
-        """Remove all that Redis holds of a project (after detach), but that it is stopped."""
+        """Remove all that Redis holds of a project (after detach), but for `STOPPED` seconds that it is stopped."""
         self.redis.srem("firstrow:projects", project)
+        self.redis.expire(_key(project, "stopped"), STOPPED)
         keys = [key for key in self.redis.scan_iter(match=_key(project, "*"), count=1000) if not _stops(key)]
         if keys:
             self.redis.delete(*keys)

@@ -18,6 +18,9 @@ from backend.labelstudio import Row
 
 log = logging.getLogger(__name__)
 
+#: Seconds before we wrote at which what we lost can have been saved: no request takes longer.
+LONGEST = 10.0
+
 
 def change(ctx: Context, project: int, seen: Row, **fields: object) -> Row:
     """Change fields of an annotation.
@@ -70,7 +73,8 @@ def is_lost(saved: Mapping[str, Any], row: Row, ours: Mapping[str, str]) -> bool
             (`done`).
 
     Returns:
-        True where it was saved between what we read and what we wrote, and nobody has saved anything since.
+        True where it was saved between what we read and what we wrote, in the last `LONGEST` seconds before that, and
+        nobody has saved anything since.
     """
     if row.get("updated_at") != ours["done"] or digest(row) != ours["content"]:
         return False
@@ -78,4 +82,4 @@ def is_lost(saved: Mapping[str, Any], row: Row, ours: Mapping[str, str]) -> bool
         seen, at, done = (datetime.fromisoformat(str(t)) for t in (ours["seen"], saved.get("updated_at"), ours["done"]))
     except ValueError:
         return False
-    return seen < at <= done
+    return seen < at <= done and (done - at).total_seconds() < LONGEST

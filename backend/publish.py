@@ -24,7 +24,7 @@ from backend.coarse_answers import (
 )
 from backend.connection import our_backend
 from backend.context import Context
-from backend.errors import JobError, LabelStudioError
+from backend.errors import InUseError, JobError, LabelStudioError
 from backend.faults import noted
 from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
@@ -260,6 +260,9 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     Returns:
         The record, as it was where anything about the task's annotations is not what was read: a person was faster,
         and the next round looks at the task anew.
+
+    Raises:
+        InUseError: somebody has a draft of one of the answers, which Label Studio would delete.
     """
     check_config(ctx, project)
     config, extra = project.config(), project.extra()
@@ -271,8 +274,11 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
         ctx.board.remember(project.id, [record.id])
         return record
     drafted = ctx.studio.drafted(record.id)
-    if any(row["id"] in drafted for row in rows):  # Label Studio would delete their drafts; a later round sees to it
-        return record
+    if any(row["id"] in drafted for row in rows):
+        raise InUseError(
+            f"task {record.id} is wanted in full, but somebody goes on with its coarse labels in a draft: "
+            "it is opened again once the draft is submitted or deleted"
+        )
     if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
         ctx.board.remember(project.id, [record.id])
         return record
@@ -288,7 +294,8 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     """Copy an annotation, hand it to our keeper as a skipped one, and look whether it still is what was copied.
 
     Returns:
-        Whether it is; else a person has changed it meanwhile, and it is theirs again.
+        Whether it is; else a person has changed it meanwhile, and it counts again, as theirs if they still have an
+        account.
     """
     ctx.board.go_on(project.id)
     content, number = digest(annotation), int(annotation["id"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -41,6 +42,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         def load(self) -> Flask:
             return create_app(settings)
 
+    gc.freeze()  # what is loaded by now is shared by the processes: none looks through it for garbage, and so copies it
     Server().run()
 
 

@@ -38,7 +38,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         round in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
         `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the `tasks` by id:
         task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
-        None when all is well), `missing` (what `attach` would still add).
+        None when all is well), `stopped` (by a detach), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -59,6 +59,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
         "unusable": unusable(index),
         "error": ctx.board.error(project),
+        "stopped": ctx.board.stopped(project),
         "missing": missing(ctx, project),
     }
 
@@ -174,6 +175,8 @@ def _jobs(jobs: Iterable[Mapping[str, Any]]) -> list[list[object]]:
 def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
     if not found["workers"]:
         yield "No worker is running: start `firstrow worker`."
+    if found["stopped"]:
+        yield "A detach has stopped this project: run it again until it ends, or `firstrow attach` to go on."
     if found["note"]:
         yield str(found["note"])
     if found["error"]:

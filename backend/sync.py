@@ -204,6 +204,8 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
         task = ctx.studio.task(task["id"], project.id)
     for row in uncopied(task, keeper):
         original = (project.store.read_json(project.coarse_answer_key(row["id"])) or {}).get("annotation")
+        if original is None and keeper != keeper_account(ctx.studio, project.id):
+            continue  # the keeper is a person, whose own skips these may be
         if original is not None and digest(original) == digest(row):
             ctx.studio.create_prediction(task["id"], copy_of(original), COARSE_COPY)
         else:
@@ -211,12 +213,27 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
         changed = True
     for copy in copies_of(task):
         annotation, original = held(task, copy, keeper), original_of(copy)
-        if annotation is None or (annotation["was_cancelled"] and digest(annotation) == digest(original)):
+        if annotation is None or outdated(task, copy):
+            continue
+        if annotation["was_cancelled"] and digest(annotation) == digest(original):
             continue
         restore(ctx, project, annotation, original)
-        ctx.studio.delete_prediction(copy["id"])
+        delete_copies(ctx, task, annotation["id"])
         changed = True
     return ctx.studio.task(task["id"], project.id) if changed else task
+
+
+def outdated(task: dict[str, Any], copy: dict[str, Any]) -> bool:
+    """Whether a later copy of the same annotation is there."""
+    number = original_of(copy).get("id")
+    return any(original_of(other).get("id") == number and other["id"] > copy["id"] for other in copies_of(task))
+
+
+def delete_copies(ctx: Context, task: dict[str, Any], annotation: int) -> None:
+    """Delete the copies of an annotation that is its author's again."""
+    for copy in copies_of(task):
+        if original_of(copy).get("id") == annotation:
+            ctx.studio.delete_prediction(copy["id"])
 
 
 def restore(ctx: Context, project: Project, annotation: dict[str, Any], original: dict[str, Any]) -> None:

@@ -77,6 +77,11 @@ class Welcome:
         return False
 
     def _register(self, project: int) -> None:
+        if self.where.board.stopped(project):
+            log.warning(
+                "project %d is being detached: only `firstrow attach --project %d` takes it up", project, project
+            )
+            return
         log.warning(
             "project %d is new; `firstrow attach --project %d --dry-run` says what it still lacks", project, project
         )

@@ -29,6 +29,7 @@ from backend.settings import SECRET_KEY, Settings
 from backend.steps import unreachable
 from backend.store import Store
 from backend.sync import refresh_config
+from backend.welcome import Welcome
 
 CONFIG = """<View>
   <!-- the team's own words stay -->
@@ -589,6 +590,11 @@ def test_connected_by_hand_is_remembered_once_label_studio_confirms(
     attach.apply(attach.plan(door, project, running.settings))
     assert attach.check(door, project, running.settings) == []
     assert requests.post(f"{running.settings.url}/setup", json={"project": project}, timeout=9).status_code == 401
+    running.board.stop(project, 0)  # a detach that did not end
+    running.board.redis.srem("firstrow:projects", project)
+    Welcome(running, ask_after=(0,)).look_up(project)
+    time.sleep(1)
+    assert running.board.projects() == [], "only attach goes on from here"
 
 
 # What cannot work

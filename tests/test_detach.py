@@ -18,7 +18,7 @@ from team import Team
 from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read
 
 from backend.annotator import prelabel, shown_prediction, started_from
-from backend.answers_file import write_answers
+from backend.answers_file import OURS, write_answers
 from backend.cli import main
 from backend.coarse_answers import COARSE_COPY, copies_of, copy_of, digest
 from backend.connection import keeper_account, keeper_address
@@ -326,6 +326,8 @@ def test_a_detach_that_goes_on_keeps_what_was_saved_before(
     one = answer(team)["annotations"][0]
     early = {"id": 1, "data": {}, "annotations": [{"id": 10**9, "result": one["result"]}]}
     file.write_text(json.dumps([early]))
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 1, "not ours"
+    file.write_text(json.dumps([{**early, "meta": OURS}]))
     assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
     rows = json.loads(file.read_text())
     assert {row["id"] for task in rows for row in task["annotations"]} == {one["id"], 10**9}

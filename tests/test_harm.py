@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -326,11 +326,9 @@ def slow(
     Slow.target = studio.url
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with ExitStack() as stack:
+    with Backends(studio, redis_url, tmp_path_factory.mktemp("slow")) as backends:
         url = f"http://127.0.0.1:{server.server_port}"
-        backend = Backends(studio, redis_url, tmp_path_factory.mktemp("slow"), stack).start(
-            FIRSTROW_COARSE_TASKS="0", LABEL_STUDIO_URL=url
-        )
+        backend = backends.start(FIRSTROW_COARSE_TASKS="0", LABEL_STUDIO_URL=url)
         backend.context = replace(backend.context, studio=LabelStudio(studio.url, studio.token))
         team = Team(backend, dict(list(pictures.items())[:4]))
         team.attach()

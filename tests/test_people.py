@@ -23,7 +23,7 @@ from team import GROUPS, SEG, Team, stages
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, plan
 from backend.coarse_answers import copies_of, may_be_set_aside, original_of
-from backend.connection import SECRET_HEADER
+from backend.connection import SECRET_HEADER, note_of, our_backend, write_note
 from backend.errors import InUseError
 from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
@@ -234,7 +234,8 @@ def test_an_answer_that_somebody_goes_on_with_is_left(share_backend: Share, pict
     begin()
     team.settle()
     record = read(team, task["id"])
-    assert reopen(ctx, team.project, record).stage == "coarse"
+    with pytest.raises(InUseError, match="once the draft is submitted"):
+        reopen(ctx, team.project, record)
     end()
     team.settle()
     assert reopen(ctx, team.project, read(team, task["id"])).stage == "returned"
@@ -364,6 +365,21 @@ def test_answers_that_cannot_be_set_aside_cost_only_themselves(
     team.attach()
     team.settle()
     assert annotations(team)[given["id"]]["was_cancelled"]
+
+
+def test_a_persons_own_skip_stays_a_skip_where_their_account_keeps_answers(
+    share_backend: Share, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:3]))
+    team.attach()
+    studio, settings = team.studio, team.backend.context.settings
+    note = note_of(our_backend(studio, team.id, settings))
+    write_note(studio, team.id, settings, {**note, "keeper": studio.whoami()["id"]})  # as where none can be made
+    task = team.ranking()[-1]
+    skip = studio.create_annotation(task, [], was_cancelled=True)
+    team.settle()
+    assert read(team, task).stage == "new"
+    assert annotations(team)[skip["id"]]["was_cancelled"]
 
 
 def test_what_was_asked_is_known_when_predictions_and_index_are_gone(share_backend: Share, pictures: Pictures) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from backend import enqueue
-from backend.enqueue import PAUSES, Board
+from backend.enqueue import PAUSES, STOPPED, Board
 from backend.errors import RoundOver
 from backend.server import look_around
 
@@ -89,8 +89,10 @@ def test_a_stopped_project_starts_nothing_and_its_jobs_are_gone(board: Board) ->
     with pytest.raises(RoundOver, match="stopped"):
         board.go_on(7)
     board.go_on(71)
+    assert board.redis.ttl("firstrow:7:stopped") == -1, "however long a detach takes"
     board.forget(7)
     assert board.stopped(7), "a late event after detach starts nothing"
+    assert 0 < board.redis.ttl("firstrow:7:stopped") <= STOPPED
     board.register(7)
     assert board.request_round(7, "attached again") is not None
 
