@@ -267,16 +267,17 @@ def clean_store(ctx: Context, project: Project) -> None:
             late = name.isdigit() and int(name) >= number  # of the order in force, or of a round beside us
             if name not in keep.get(folder, ()) and not late:
                 project.store.delete(key)
-    drop_masks(project)
+    drop_maps(project)
     project.store.sweep(project.key())
 
 
-def drop_masks(project: Project) -> None:
-    """Delete the masks of tasks that are gone."""
-    found = [key for folder in ("labels", "coarse") for key in project.store.list(project.key(folder))]
+def drop_maps(project: Project) -> None:
+    """Delete the masks and cluster maps of tasks that are gone."""
+    found = [key for folder in ("labels", "coarse", "clusters") for key in project.store.list(project.key(folder))]
     index = project.index()  # read after the listing: a round beside us may be adding both
     for key in found if index else ():
-        if int(key.rpartition("/")[2].removesuffix(".png")) not in index:
+        task = key.rpartition("/")[2].removesuffix(".png")
+        if task.isdigit() and int(task) not in index:
             project.store.delete(key)
 
 

@@ -1,6 +1,7 @@
 """Label for minutes or hours and watch what grows: `python -m tests.soak --minutes 60` prints a table, writes a CSV.
 
-The pool stays as large as it is: for each new annotation the oldest one is deleted. So whatever grows, leaks.
+The project stays as large as it is: for each task that is labelled the oldest labelled one goes, and its picture comes
+as a new one. So whatever grows, leaks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ QUICK = {"FIRSTROW_IMAGE_SIZE": "128", "FIRSTROW_TRAIN_STEPS": "4", "FIRSTROW_NE
 LABELS = """<View><Image name="photo" value="$picture"/><BrushLabels name="seg" toName="photo">
 <Label value="soil"/><Label value="crop"/><Label value="weed"/></BrushLabels></View>"""
 GROUPS = {"Soil": ["soil"], "Plant": ["crop", "weed"]}
-#: Pictures of the project, and annotations that stay.
+#: Pictures of the project, and labelled ones that stay.
 PICTURES, KEPT = 12, 4
 #: Seconds that one order may take.
 PATIENCE = 120
@@ -74,18 +75,19 @@ class Soak:
     def __init__(self, context: Context, folder: Path) -> None:
         self.context, self.studio, self.board = context, context.studio, context.board
         self.id = int(self.studio.create_project("soak", LABELS)["id"])
-        files, masks = [], []
+        self.files, masks = {}, {}
         for number in range(PICTURES):
             image, mask = render(number, "target", (160, 120))
-            files.append(folder / f"soak-{number}.jpg")
-            cv2.imwrite(str(files[-1]), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-            masks.append(mask)
-        ids = self.studio.upload(self.id, files)
+            file = folder / f"soak-{number}.jpg"
+            cv2.imwrite(str(file), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+            [task] = self.studio.upload(self.id, [file])
+            self.files[task], masks[task] = file, mask
         apply(plan(self.studio, self.id, context.settings, GROUPS))
         self.board.request_round(self.id, "attached")
         config = parse(self.studio.project(self.id)["label_config"], GROUPS)
-        self.annotator = Annotator(self.studio, self.id, config, dict(zip(ids, masks, strict=True)))
-        self.annotations: list[int] = []
+        self.masks = masks
+        self.annotator = Annotator(self.studio, self.id, config, masks)
+        self.labelled: list[int] = []
         self.began = time.monotonic()
         self.wait(0)
 
@@ -100,14 +102,18 @@ class Soak:
         return samples
 
     def label(self) -> None:
-        """Label the next task, delete the oldest annotation, and wait for the order."""
+        """Label the next task, have the oldest labelled one go and come anew, and wait for the order."""
         before, work = self.order(), self.annotator.label_next()
         if work is None:
             raise RuntimeError("Label Studio has no task to serve")
         if work.ask == "full":
-            self.annotations += [a["id"] for a in self.studio.task(work.task, self.id)["annotations"]]
-        if len(self.annotations) > KEPT:
-            self.studio.delete_annotation(self.annotations.pop(0))
+            self.labelled.append(work.task)
+        if len(self.labelled) > KEPT:
+            task = self.labelled.pop(0)
+            file, mask = self.files.pop(task), self.masks.pop(task)
+            self.studio.http.call("DELETE", f"/api/tasks/{task}/")
+            [new] = self.studio.upload(self.id, [file])
+            self.files[new], self.masks[new] = file, mask
         self.wait(before)
 
     def order(self) -> int:
