@@ -265,7 +265,10 @@ def test_no_open_editor_loses_its_work_by_a_detach(
     ben.create_annotation(two, team.annotator().full_result(two), parent_prediction=begun[1]["id"])  # type: ignore[index]
     chi.create_annotation(three, [], was_cancelled=True, parent_prediction=begun[2]["id"])  # type: ignore[index]
     made = [row for row in annotations(team).values() if not row["was_cancelled"]]
-    assert len(made) == 3
+    assert len(made) == 3, [
+        (r["id"], r["task"], r["completed_by"], r["created_username"], len(r["result"]), r["was_cancelled"])
+        for r in annotations(team).values()
+    ]
     parked = team.studio.projects(f"First Row: open prelabels of project {team.id}")
     assert len(parked) == 1
 
