@@ -21,8 +21,8 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a worker told to stop at once gets to put its job back.
-MERCY = 5
+#: Seconds that a worker told to stop at once gets to put its job back, and after which it is told so again.
+MERCY, AGAIN = 10, 0.5
 #: Seconds before a worker that died is replaced: doubles up to the longest, back to the shortest after a long life.
 SHORTEST, LONGEST = 1.0, 30.0
 #: glibc hands every large block back to the system and fetches it again: an eager forward took 2.8 times as long.
@@ -79,10 +79,17 @@ class Supervisor:
             return
         log.info("worker: %s", "stops after its job" if self.signals == 1 else "stops now, its job goes back")
         self.child.send_signal(signal.SIGTERM)
-        if self.signals > 1:
-            timer = threading.Timer(MERCY, self.child.kill)
-            timer.daemon = True
-            timer.start()
+        if self.signals == 2:
+            threading.Thread(target=self._insist, args=(self.child,), daemon=True).start()
+
+    def _insist(self, child: subprocess.Popen[bytes]) -> None:
+        # Two signals that come at nearly the same time are one to a process: so they are sent again.
+        for _ in range(round(MERCY / AGAIN)):
+            time.sleep(AGAIN)
+            if child.returncode is not None:
+                return
+            child.send_signal(signal.SIGTERM)
+        child.kill()
 
     def _one_life(self) -> int:
         # A process group of its own: Ctrl-C in a terminal reaches the worker once, through us.

@@ -76,7 +76,7 @@ class ResidentWorker(SimpleWorker):
             exception_handlers=[self.leave_reason],
         )
         self.board, self.reconcile = board, reconcile
-        self.born, self.registering = False, threading.Lock()
+        self.born, self.forced, self.registering = False, False, threading.Lock()
 
     def dequeue_job_and_maintain_ttl(self, *args: Any, **more: Any) -> Any:
         """Take the next job, after projects were given their turns."""
@@ -145,8 +145,10 @@ class ResidentWorker(SimpleWorker):
                 self.board.reconcile(project)
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        """The second signal: rq's own version ignores it within a second of the first."""
-        raise SystemExit("stopped at once")
+        """The second signal: rq's own version ignores it within a second of the first. A third one changes nothing."""
+        if not self.forced:
+            self.forced = True
+            raise SystemExit("stopped at once")
 
     def sign_in(self) -> None:
         """Have Redis know that this worker is there, again if it has forgotten; `status` looks there."""
@@ -162,15 +164,17 @@ class ResidentWorker(SimpleWorker):
 
     def register_birth(self) -> None:
         """From now on `sign_in` may do it: rq refuses to begin where it finds a worker of that name."""
-        with self.registering:
-            super().register_birth()  # type: ignore[no-untyped-call]  # rq
-            self.born = True
+        self._install_signal_handlers()  # type: ignore[no-untyped-call]  # rq's do it later: a signal would just kill us
+        super().register_birth()  # type: ignore[no-untyped-call]  # rq
+        self.born = True
 
     def register_death(self) -> None:
         """From now on `sign_in` must not."""
-        with self.registering:
-            self.born = False
-            super().register_death()  # type: ignore[no-untyped-call]  # rq
+        self.born = False
+        free = self.registering.acquire(timeout=SILENCE)  # not while it signs in
+        super().register_death()  # type: ignore[no-untyped-call]  # rq
+        if free:
+            self.registering.release()
 
     def take_up(self) -> None:
         """Have the jobs taken up that this worker's last life left behind, without waiting for their silence."""
@@ -227,6 +231,8 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     log.info("worker %s: listens on %s", name, ", ".join(queues))
     try:
         worker.work(logging_level="WARNING")
+    except StopRequested:  # before it had begun
+        worker.register_death()
     finally:
         watch.end()
     return 0 if worker._shutdown_requested_date else 1
