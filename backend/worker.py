@@ -232,7 +232,7 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     try:
         worker.work(logging_level="WARNING")
     except StopRequested:  # before it had begun
-        worker.register_death()
+        worker.teardown()  # type: ignore[no-untyped-call]  # its thread that listens to Redis would keep us here
     finally:
         watch.end()
     return 0 if worker._shutdown_requested_date else 1
