@@ -32,11 +32,12 @@ def saved_before(present: Sequence[Mapping[str, Any]], file: Path) -> list[dict[
         return []
     known = {name_of(answer) for row in present for answer in row["annotations"]}
     try:
-        if not all(row["meta"] == OURS for row in orjson.loads(file.read_bytes())):
+        saved = orjson.loads(file.read_bytes())
+        if not all(row["meta"] == OURS for row in saved):
             raise ValueError("it was written by somebody else")
         rows = [
             {**row, "annotations": [answer for answer in row["annotations"] if name_of(answer) not in known]}
-            for row in orjson.loads(file.read_bytes())
+            for row in saved
         ]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AttachRefused(f"{file} is there and holds no coarse labels of ours: name another file") from error

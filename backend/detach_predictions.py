@@ -9,15 +9,11 @@ from math import isclose
 
 from backend.attached import PAGE, Attached, Undo, does, readable
 from backend.connection import OURS
+from backend.generations import AT_ONCE, QUEUE
 from backend.labelstudio import Row
 
-#: A version of at most this many predictions is deleted at once; of others a page of tasks at a time: Label Studio on
-#: SQLite refuses people's submits while it deletes thousands.
-AT_ONCE = 200
 #: How long Label Studio holds a served task for a person, who may submit what they began from a prelabel of ours.
 OPEN = timedelta(hours=24)
-#: Versions of rank predictions start like this: a name that nobody else gives.
-QUEUE = "first-row"
 
 
 def undo_predictions(here: Attached) -> Iterator[Undo]:

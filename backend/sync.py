@@ -211,22 +211,15 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
         else:
             restore(ctx, project, row, original or {})
         changed = True
-    for copy in copies_of(task):
+    latest = {original_of(copy).get("id"): copy for copy in copies_of(task)}  # of each annotation, the last copy
+    for copy in latest.values():
         annotation, original = held(task, copy, keeper), original_of(copy)
-        if annotation is None or outdated(task, copy):
-            continue
-        if annotation["was_cancelled"] and digest(annotation) == digest(original):
+        if annotation is None or (annotation["was_cancelled"] and digest(annotation) == digest(original)):
             continue
         restore(ctx, project, annotation, original)
         delete_copies(ctx, task, annotation["id"])
         changed = True
     return ctx.studio.task(task["id"], project.id) if changed else task
-
-
-def outdated(task: dict[str, Any], copy: dict[str, Any]) -> bool:
-    """Whether a later copy of the same annotation is there."""
-    number = original_of(copy).get("id")
-    return any(original_of(other).get("id") == number and other["id"] > copy["id"] for other in copies_of(task))
 
 
 def delete_copies(ctx: Context, task: dict[str, Any], annotation: int) -> None:
