@@ -77,6 +77,7 @@ class ResidentWorker(SimpleWorker):
         )
         self.board, self.reconcile = board, reconcile
         self.born, self.forced, self.registering = False, False, threading.Lock()
+        self.waits = False  # for a job: the one time when the wish to stop may end what it interrupts
 
     def dequeue_job_and_maintain_ttl(self, *args: Any, **more: Any) -> Any:
         """Take the next job, after projects were given their turns."""
@@ -84,13 +85,29 @@ class ResidentWorker(SimpleWorker):
             self.board.interleave(queue.name)
         while True:
             try:
-                return super().dequeue_job_and_maintain_ttl(*args, **more)
+                return self._next(*args, **more)
             except (RedisError, StopRequested):
                 raise
             except Exception as error:  # whatever there is in Redis, it does not end the worker
                 name = getattr(error, "job_id", "")
                 log.error("job %s was refused, it cannot be read: %s: %s", name, type(error).__name__, error)
                 self.connection.delete(Job.key_for(name))
+
+    def _next(self, *args: Any, **more: Any) -> Any:
+        self.waits = True
+        try:
+            if self._stop_requested:
+                raise StopRequested
+            return super().dequeue_job_and_maintain_ttl(*args, **more)
+        finally:
+            self.waits = False
+
+    def _shutdown(self) -> None:
+        # rq asks Redis whether a job runs, and if not, raises in whatever the signal interrupted: some of that is
+        # its own starting and tidying up, which takes any exception for a passing fault and goes on for ever.
+        self._stop_requested = True
+        if self.waits:
+            raise StopRequested
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job, with a line in the log as it starts and ends."""
@@ -132,7 +149,12 @@ class ResidentWorker(SimpleWorker):
         return True
 
     def run_maintenance_tasks(self) -> None:
-        """Every `TICK` seconds between jobs: take up abandoned jobs, and have the periodic reconcile queued."""
+        """Every `TICK` seconds between jobs: take up abandoned jobs, and have the periodic reconcile queued.
+
+        Raises:
+            StopRequested: the wish to stop came meanwhile.
+        """
+        waited, self.waits = self.waits, False
         try:
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]  # rq
         except RedisError:
@@ -143,6 +165,9 @@ class ResidentWorker(SimpleWorker):
         if self.board.due(self.reconcile):
             for project in self.board.projects():
                 self.board.reconcile(project)
+        self.waits = waited
+        if waited and self._stop_requested:
+            raise StopRequested
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """The second signal: rq's own version ignores it within a second of the first. A third one changes nothing."""
@@ -231,8 +256,6 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     log.info("worker %s: listens on %s", name, ", ".join(queues))
     try:
         worker.work(logging_level="WARNING")
-    except StopRequested:  # before it had begun
-        worker.teardown()  # type: ignore[no-untyped-call]  # its thread that listens to Redis would keep us here
     finally:
         watch.end()
     return 0 if worker._shutdown_requested_date else 1

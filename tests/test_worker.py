@@ -66,6 +66,21 @@ WORKER = """
     sys.exit(worker.main(allowed={f"testjobs.{name}": None for name in names}))
 """
 
+#: A worker that is told to stop while it starts and tidies up, where rq takes every exception for a passing fault.
+TIDYING = """
+    import os, signal, sys
+    from backend import worker
+
+    tidy = worker.ResidentWorker.clean_registries
+
+    def told_to_stop(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        tidy(self)
+
+    worker.ResidentWorker.clean_registries = told_to_stop
+    sys.exit(worker.main())
+"""
+
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
@@ -395,6 +410,17 @@ def test_no_worker_signs_in_after_its_good_bye(board: Board) -> None:
         done.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_worker_that_is_told_to_stop_while_it_tidies_up_stops(board: Board, redis_url: str, tmp_path: Path) -> None:
+    (tmp_path / "tidying.py").write_text(textwrap.dedent(TIDYING))
+    given = {"REDIS_URL": redis_url, "LABEL_STUDIO_URL": "http://127.0.0.1:9", "LABEL_STUDIO_API_KEY": "0" * 40}
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    environment = {**os.environ, **given, "FIRSTROW_STORE": str(tmp_path / "store"), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "tidying", "--queues", "gpu", "--name", "tidying", "--parent", str(os.getpid())]
+    with child("tidying", command, tmp_path, environment) as running:
+        assert running.process.wait(60) == 0
+    assert worker.alive(board) == []
 
 
 def test_settings_of_the_allocator_reach_the_worker_and_the_operator_wins() -> None:
