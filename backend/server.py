@@ -12,6 +12,7 @@ from redis import RedisError
 
 from backend.app import create_app
 from backend.enqueue import Board
+from backend.prelabels import warm_up
 from backend.settings import Settings
 from backend.web_worker import WebWorker
 
@@ -42,6 +43,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         def load(self) -> Flask:
             return create_app(settings)
 
+    warm_up()
     gc.freeze()  # what is loaded by now is shared by the processes: none looks through it for garbage, and so copies it
     Server().run()
 
