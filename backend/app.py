@@ -192,7 +192,7 @@ def create_app(settings: Settings) -> Flask:
     _hurry(doors.board.redis)
     app: Flask = api.init_app(model_class=FirstRow)
     api._manager = Manager(doors)
-    app.config.update(FIRSTROW=doors, FIRSTROW_SECRET=settings.secret_value(), MAX_CONTENT_LENGTH=LARGEST)
+    app.config.update(FIRSTROW=doors, FIRSTROW_SECRET=settings.secret_value(make=True), MAX_CONTENT_LENGTH=LARGEST)
     if "versions_get" not in app.view_functions:
         _install(app)
     return app

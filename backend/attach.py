@@ -109,7 +109,8 @@ def look(studio: LabelStudio, project: int, settings: Settings, groups: Groups |
     if int(row["maximum_annotations"]) > 1:
         raise AttachRefused(
             f"project {project} wants {row['maximum_annotations']} annotations per task: Label Studio then serves "
-            "tasks that others have begun before any order of ours; set it to 1 (Settings, Quality)"
+            "tasks that others have begun before any order of ours; set it to 1. Its pages have no field for that: "
+            f'send PATCH {studio.url}/api/projects/{project}/ with {{"maximum_annotations": 1}}'
         )
     backends = studio.ml_backends(project)
     ours = ours_among(backends, settings)
@@ -156,8 +157,8 @@ def notes(found: Found) -> Iterator[str]:
     yield f"Coarse labels: {groups}."
     if row["skip_queue"] not in SKIPS:
         yield (
-            "Tasks that somebody skips count as done here (Settings, Quality): coarse labels could then never be set "
-            "aside for a full segmentation, so none are asked for."
+            "Tasks that somebody skips count as done here (skip_queue = IGNORE_SKIPPED): coarse labels could then "
+            "never be set aside for a full segmentation, so none are asked for."
         )
     if config.background == "":
         yield f"No label means background: pixels without a region count as {config.classes.fine[0]!r}."

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from redis import RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from rich.console import Console
 
 from backend import cli_bench
@@ -164,9 +166,8 @@ def _run_worker(given: argparse.Namespace) -> int:
 def _run_attach(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
     from backend import attach
-    from backend.context import connect
 
-    ctx = connect(settings)
+    ctx = _connect(settings)
     plan = attach.plan(ctx.studio, given.project, ctx.settings, _groups(given.group))
     for sentence in plan.sentences:
         _say(sentence)
@@ -178,10 +179,9 @@ def _run_attach(given: argparse.Namespace) -> None:
 
 def _run_detach(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
-    from backend.context import connect
     from backend.detach import detach, plan_detach
 
-    ctx = connect(settings)
+    ctx = _connect(settings)
     project = ctx.project(given.project)
     known: dict[str, Any] = {"note": project.extra(), "kept": list(project.coarse_answers())}
     wanted = (ctx.studio, given.project, ctx.settings, given.coarse, given.file)
@@ -212,10 +212,9 @@ def _forget(ctx: Context, project: int) -> None:
 
 def _run_export_coarse(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
-    from backend.context import connect
     from backend.export_coarse import export_answers
 
-    ctx, file = connect(settings), given.file or Path(f"coarse-{given.project}.json")
+    ctx, file = _connect(settings), given.file or Path(f"coarse-{given.project}.json")
     if file.exists() and not given.force:
         raise AttachRefused(f"{file} is there already: name another file, or replace it with `--force`")
     project = ctx.project(given.project)
@@ -225,10 +224,9 @@ def _run_export_coarse(given: argparse.Namespace) -> None:
 
 def _run_status(given: argparse.Namespace) -> None:
     settings = _settings(quiet=True)
-    from backend.context import connect
     from backend.status import show, status
 
-    found = status(connect(settings), given.project)
+    found = status(_connect(settings), given.project)
     if given.json:
         _say(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
     else:
@@ -243,6 +241,15 @@ def _run_perf(given: argparse.Namespace) -> int:
 
 def _run_secret(given: argparse.Namespace) -> None:
     _say(_settings(quiet=True).project_secret(given.project))
+
+
+def _connect(settings: Settings) -> Context:
+    """The doors of a command that somebody waits for: of a Redis that does not answer they say so within seconds."""
+    from backend.context import connect
+
+    found = connect(settings)
+    found.board.redis.set_retry(Retry(NoBackoff(), 1))
+    return found
 
 
 def _settings(quiet: bool = False) -> Settings:

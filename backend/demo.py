@@ -31,7 +31,7 @@ from backend.learn import is_trained, load_network, network_key
 from backend.project import Project
 from backend.settings import Settings
 from model.classes import Classes
-from model.data import Folder
+from model.data import Folder, FolderError, ImageError
 from model.field import write_folder
 from model.metrics import confusion, iou, mean_iou
 from model.pictures import palette
@@ -336,6 +336,6 @@ def main(folder: str, data: str | None, rounds: int, leave: bool, say: Callable[
     """Entry of the `demo` command; faults become one line."""
     try:
         return run(Path(folder), Path(data) if data else None, rounds, leave)
-    except FirstRowError as error:
+    except (FirstRowError, FolderError, ImageError) as error:
         say(f"[red]{error}[/red]")
         return 1

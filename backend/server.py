@@ -31,7 +31,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     Raises:
         StoreError: the secret can be neither read nor made.
     """
-    settings.secret_value()  # made here if at all: two workers could make two
+    settings.secret_value(make=True)  # made here if at all: two workers could make two
     look_around(Board(settings.redis_url))
 
     class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types

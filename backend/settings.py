@@ -19,9 +19,9 @@ from backend.secret import project_secret
 from backend.store import Store
 
 PREFIX = "FIRSTROW_"
-#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, and
-#: for how many seconds they label.
-OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SOAK"}
+#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, for
+#: how many seconds they label, and how often they save.
+OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SOAK", "FIRSTROW_SAVES"}
 #: Where the generated master secret lies in the store. Older versions kept one under "secret" and showed it to members
 #: of projects in their webhooks: it is not used any more.
 SECRET_KEY = "master-secret"  # noqa: S105  (its name)
@@ -176,19 +176,39 @@ class Settings(BaseSettings):
             raise SettingsError("These settings are wrong:\n" + "\n".join(f"  {fault}" for fault in faults))
         return found
 
-    def secret_value(self) -> str:
-        """The master secret: the given one, else one made once and kept in the store. Label Studio never gets it."""
+    def secret_value(self, make: bool = False) -> str:
+        """The master secret: the given one, else the one kept in the store. Label Studio never gets it.
+
+        Args:
+            make: make one where there is none.
+
+        Raises:
+            StoreError: there is none.
+        """
         given = self.secret.get_secret_value()
-        return given or stored_secret(Store(self.store))
+        return given or stored_secret(Store(self.store), make)
 
     def project_secret(self, project: int) -> str:
-        """The secret that Label Studio shows us for a project; worth nothing for another one."""
+        """The secret that Label Studio shows us for a project; worth nothing for another one.
+
+        Raises:
+            StoreError: there is no master secret.
+        """
         return project_secret(self.secret_value(), project)
 
 
-def stored_secret(store: Store) -> str:
-    """The generated master secret; made at the first call, readable by our user only where the store is a folder."""
+def stored_secret(store: Store, make: bool) -> str:
+    """The generated master secret; readable by our user only where the store is a folder.
+
+    Raises:
+        StoreError: there is none, and none is to be made; or it is empty.
+    """
     found = store.read(SECRET_KEY)
+    if found is None and not make:
+        raise StoreError(
+            f"there is no {SECRET_KEY} in the store {store.url}: set FIRSTROW_STORE to the store of `firstrow serve`, "
+            "which makes it when it starts, or FIRSTROW_SECRET to its secret"
+        )
     if found is None:
         store.create(SECRET_KEY, secrets.token_urlsafe(32).encode())  # another process may be quicker
         found = store.read(SECRET_KEY)
@@ -203,7 +223,7 @@ def _is_typo(name: str, names: set[str]) -> bool:
 
 def _fault(name: str, found: ErrorDetails) -> str:
     if found["type"] == "missing":
-        return f"{name}: must be set, to a personal access token from Label Studio's page Account & Settings"
+        return f"{name}: must be set, to a personal access token or a legacy token (Label Studio, Account & Settings)"
     default = next(field.get_default() for field in Settings.model_fields.values() if field.alias == name)
     hint = f" (default: {default})" if isinstance(default, str | int | float | Path) and default != "" else ""
     return f"{name}: {found['msg'].removeprefix('Value error, ')}{hint}"

@@ -218,7 +218,7 @@ def unreachable(url: str, error: LabelStudioError) -> AttachRefused | None:
             f"Label Studio does not talk to private addresses like {url} as it is set up: start it with "
             "ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false in its environment, then attach again"
         )
-    if error.status == 400 and "authentication parameters" in said:
+    if error.status == 400 and ("authentication parameters" in said or "401 Client Error" in said):
         return AttachRefused(
             f"what answers at {url} has another secret: give `firstrow serve` and `firstrow attach` the same "
             "FIRSTROW_SECRET or FIRSTROW_STORE, and start `firstrow serve` anew if that has changed"

@@ -64,7 +64,7 @@ class Backend:
 
             def answer(self, body: dict[str, Any]) -> None:
                 given = base64.b64decode((self.headers.get("Authorization") or "Basic ")[6:]).decode()
-                open_to_all = master is None or self.path == "/webhook"
+                open_to_all = master is None or self.path in ("/webhook", "/health")
                 ours = given.startswith("firstrow:") and project_of(master or "", given.removeprefix("firstrow:"))
                 self.send_response(200 if open_to_all or ours else 401)
                 data = json.dumps(body).encode()

@@ -85,6 +85,11 @@ def test_redis_that_does_not_answer_is_one_line(environment: dict[str, str]) -> 
 
 
 def test_each_project_has_a_secret_of_its_own(environment: dict[str, str]) -> None:
+    for command in ("secret", "attach"):  # in another store than that of `serve` it would make one that nobody knows
+        early = firstrow(environment, command, "--project", "7")
+        assert (early.returncode, early.stdout) == (1, "")
+    assert "no master-secret" in firstrow(environment, "secret", "--project", "7").stderr
+    Settings.read(environment).secret_value(make=True)
     first = firstrow(environment, "secret", "--project", "7")
     assert len(first.stdout.strip()) >= 32
     assert firstrow(environment, "secret", "--project", "7").stdout == first.stdout
