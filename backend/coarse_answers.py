@@ -76,15 +76,14 @@ def may_be_set_aside(task: Row, annotation: Row, config: ProjectConfig, since: s
         task: with its number of comments.
         annotation: one of it.
         config: the project's controls.
-        since: when our ML backend was connected, in Label Studio's time.
+        since: when our ML backend was connected, in Label Studio's time; empty where there is none.
         keeper: id of the account that annotations are handed to; 0 without one.
     """
     regions: Sequence[Region] = annotation.get("result") or []
     pure = bool(regions) and all(is_vote(region, config) for region in regions)
     untouched = not annotation.get("ground_truth") and not commented(task) and not commented(annotation)
-    return (
-        pure and untouched and str(annotation.get("created_at", "")) >= since and keeper not in (0, author(annotation))
-    )
+    ours = bool(since) and str(annotation.get("created_at", "")) >= since and keeper not in (0, author(annotation))
+    return pure and untouched and ours
 
 
 def commented(row: Row) -> bool:

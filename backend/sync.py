@@ -66,7 +66,7 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
     highest = max((number for number in rounds if number <= HIGHEST), default=0)
     extra = {"round": highest, "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
-    note = {**note_of(ours), **extra}
+    note = {**(note_of(ours) if ours else project.extra()), **extra}  # where somebody took it away it stays known
     note["keeper"] = note.get("keeper") or keeper_account(ctx.studio, project.id)
     if save:
         before = project.extra()

@@ -402,6 +402,7 @@ def test_what_was_asked_is_known_when_predictions_and_index_are_gone(share_backe
     [given] = [original_of(copy) for copy in copies_of(row)] or row["annotations"]
     assert may_be_set_aside(row, given, config, given["created_at"], keeper)
     assert not may_be_set_aside(row, given, config, "2999-01-01T00:00:00Z", keeper), "it was made before `attach`"
+    assert not may_be_set_aside(row, given, config, "", keeper), "our ML backend was taken away"
 
 
 def test_a_picture_that_goes_while_its_clusters_are_asked_costs_no_order(
