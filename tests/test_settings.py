@@ -146,17 +146,17 @@ def test_a_user_without_a_home_can_say_where_the_cache_is() -> None:
 def test_the_secret_is_made_once(tmp_path: Path) -> None:
     environ = {**KEY, "FIRSTROW_STORE": str(tmp_path)}
     with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda _: Settings.read(environ).secret_value(), range(16)))
+        found = set(pool.map(lambda _: Settings.read(environ).secret_value(make=True), range(16)))
     assert len(found) == 1
     assert len(found.pop()) >= 32
     assert (tmp_path / SECRET_KEY).stat().st_mode & 0o777 == 0o600
-    assert Settings.read({**environ, "FIRSTROW_SECRET": "mine"}).secret_value() == "mine"
+    assert Settings.read({**environ, "FIRSTROW_SECRET": "mine"}).secret_value(make=True) == "mine"
 
 
 def test_an_empty_secret_is_refused(tmp_path: Path) -> None:
     Store(str(tmp_path)).write(SECRET_KEY, b"")
     with pytest.raises(StoreError, match="set FIRSTROW_SECRET"):
-        Settings.read({**KEY, "FIRSTROW_STORE": str(tmp_path)}).secret_value()
+        Settings.read({**KEY, "FIRSTROW_STORE": str(tmp_path)}).secret_value(make=True)
 
 
 def test_reading_settings_loads_nothing_heavy() -> None:
