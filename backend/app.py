@@ -18,14 +18,12 @@ import orjson
 from flask import Flask, Request, Response, abort, current_app, g, jsonify, request
 from flask.json.provider import JSONProvider
 from redis import Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from werkzeug.exceptions import HTTPException
 
 from backend.admission import HEALTH, LARGEST, admission
 from backend.connection import SECRET_HEADER
 from backend.context import Context, connect
-from backend.enqueue import DEFAULT, GPU
+from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError
 from backend.events import EventError, handle, parse, project_id
 from backend.payload import decode, reading
@@ -189,19 +187,19 @@ def create_app(settings: Settings) -> Flask:
         StoreError: the secret can be neither read nor made.
     """
     doors = connect(settings)
-    _hurry(doors.board.redis)
+    _hurry(doors.board)
     app: Flask = api.init_app(model_class=FirstRow)
     api._manager = Manager(doors)
-    app.config.update(FIRSTROW=doors, FIRSTROW_SECRET=settings.secret_value(make=True), MAX_CONTENT_LENGTH=LARGEST)
+    app.config.update(FIRSTROW=doors, FIRSTROW_SECRET=settings.secret_value(), MAX_CONTENT_LENGTH=LARGEST)
     if "versions_get" not in app.view_functions:
         _install(app)
     return app
 
 
-def _hurry(redis: Redis) -> None:
-    """Label Studio's annotator waits while we wait: one second at most, and one retry (a restarted Redis) at once."""
-    redis.set_retry(Retry(NoBackoff(), 1))
-    redis.connection_pool.connection_kwargs.update(socket_timeout=1, socket_connect_timeout=0.5)
+def _hurry(board: Board) -> None:
+    """Label Studio's annotator waits while we wait: one second at most."""
+    board.hurry()
+    board.redis.connection_pool.connection_kwargs.update(socket_timeout=1, socket_connect_timeout=0.5)
 
 
 def _install(app: Flask) -> None:

@@ -157,8 +157,8 @@ def notes(found: Found) -> Iterator[str]:
     yield f"Coarse labels: {groups}."
     if row["skip_queue"] not in SKIPS:
         yield (
-            "Tasks that somebody skips count as done here (skip_queue = IGNORE_SKIPPED): coarse labels could then "
-            "never be set aside for a full segmentation, so none are asked for."
+            f"Tasks that somebody skips count as done here (skip_queue = {row['skip_queue']}): coarse labels could "
+            "then never be set aside for a full segmentation, so none are asked for."
         )
     if config.background == "":
         yield f"No label means background: pixels without a region count as {config.classes.fine[0]!r}."

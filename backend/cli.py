@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from redis import RedisError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from rich.console import Console
 
 from backend import cli_bench
@@ -248,7 +246,7 @@ def _connect(settings: Settings) -> Context:
     from backend.context import connect
 
     found = connect(settings)
-    found.board.redis.set_retry(Retry(NoBackoff(), 1))
+    found.board.hurry()
     return found
 
 

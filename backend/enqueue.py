@@ -15,7 +15,9 @@ from typing import Any
 
 import orjson
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
+from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
 from rq.job import Dependency, Job, JobStatus
@@ -102,6 +104,10 @@ class Board:
 
     def __init__(self, redis_url: str) -> None:
         self.redis: Redis = Redis.from_url(redis_url, socket_connect_timeout=2, health_check_interval=30)
+
+    def hurry(self) -> None:
+        """One retry (a restarted Redis) at once: somebody waits."""
+        self.redis.set_retry(RedisRetry(NoBackoff(), 1))
 
     # -- events -------------------------------------------------------------------------------------------
 

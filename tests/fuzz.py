@@ -195,6 +195,7 @@ def client() -> tuple[FlaskClient, dict[str, str]]:
         "LABEL_STUDIO_API_KEY": "0" * 40,
         "REDIS_URL": stack.enter_context(start_redis(folder)),
         "FIRSTROW_STORE": str(folder / "store"),
+        "FIRSTROW_SECRET": "fuzz",
     })  # fmt: skip
     return create_app(settings).test_client(), {SECRET_HEADER: settings.project_secret(22)}
 

@@ -85,10 +85,10 @@ def test_redis_that_does_not_answer_is_one_line(environment: dict[str, str]) -> 
 
 
 def test_each_project_has_a_secret_of_its_own(environment: dict[str, str]) -> None:
-    for command in ("secret", "attach"):  # in another store than that of `serve` it would make one that nobody knows
+    for command in ("attach", "secret"):  # in another store than that of `serve` it would make one that nobody knows
         early = firstrow(environment, command, "--project", "7")
         assert (early.returncode, early.stdout) == (1, "")
-    assert "no master-secret" in firstrow(environment, "secret", "--project", "7").stderr
+    assert "no master-secret" in early.stderr
     Settings.read(environment).secret_value(make=True)
     first = firstrow(environment, "secret", "--project", "7")
     assert len(first.stdout.strip()) >= 32
