@@ -87,7 +87,9 @@ def stages(team: Team) -> dict[int, str]:
 
 def cannot_be_shown(studio: LabelStudio, task: int) -> None:
     """Submit an annotation that Label Studio stores and cannot write: it answers 500 whenever the task is shown."""
-    region = {"id": "x", "from_name": "note", "to_name": "photo", "type": "choices", "value": {"choices": ["\ud83d"]}}
+    mask = {"format": "rle", "rle": [0], "brushlabels": ["crop"]}
+    region = {"id": "x", "from_name": "seg", "to_name": "photo", "type": "brushlabels", "value": mask}
+    region["meta"] = {"text": ["half a character \ud83d"]}
     made = requests.post(
         f"{studio.url}/api/tasks/{task}/annotations/",
         data=json.dumps({"result": [region]}),  # our own door refuses it
