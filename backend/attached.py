@@ -8,9 +8,9 @@ from typing import Any
 
 from backend.coarse_answers import COARSE_COPY
 from backend.connection import keeper_account, note_of, our_backend
-from backend.errors import ConfigError, LabelStudioError
+from backend.errors import ConfigError
 from backend.label_config import ProjectConfig, parse
-from backend.labelstudio import FULL_PAGE, LabelStudio, Row
+from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
 #: Tasks after which a step says how far it is.
@@ -118,34 +118,9 @@ def tasks_of_keeper(here: Attached) -> set[int]:
 
 
 def readable(here: Attached, tasks: Iterable[int]) -> Iterator[Row]:
-    """The tasks that still exist, with annotations and predictions, but for those that Label Studio cannot show.
-
-    One annotation with half a character has it answer 500 to every listing with that task: then each task is asked for
-    alone, and the bad one is remembered in `here.unreadable`.
-    """
-    ids = [task for task in tasks if task not in here.unreadable]
-    for start in range(0, len(ids), FULL_PAGE):
-        page = ids[start : start + FULL_PAGE]
-        rows = whole(here, page)
-        yield from rows if rows is not None else (row for task in page for row in alone(here, task))
-
-
-def whole(here: Attached, page: Sequence[int]) -> list[Row] | None:
-    """These tasks; None where Label Studio cannot show them."""
-    try:
-        return list(here.studio.full_tasks(here.id, page))
-    except LabelStudioError as error:
-        if error.status != 500:
-            raise
-        return None
-
-
-def alone(here: Attached, task: int) -> list[Row]:
-    """A task, if it exists and can be shown."""
-    rows = whole(here, [task])
-    if rows is None:
-        here.unreadable.add(task)
-    return rows or []
+    """The tasks that still exist, with annotations and predictions; others are remembered in `here.unreadable`."""
+    left = [task for task in tasks if task not in here.unreadable]
+    return here.studio.full_tasks(here.id, left, here.unreadable)
 
 
 def does(change: Callable[..., object], *args: object) -> Run:

@@ -14,7 +14,7 @@ from backend.detach_answers import Choice, give_the_rest, undo_answers
 from backend.detach_predictions import undo_predictions
 from backend.errors import ConfigError, DetachUnfinished, LabelStudioError
 from backend.label_config import parse, without_coarse
-from backend.labelstudio import LabelStudio
+from backend.labelstudio import UNSHOWN, LabelStudio
 from backend.settings import Settings
 
 
@@ -89,9 +89,8 @@ def unfinished(here: Attached) -> str:
         return ""
     tasks = ", ".join(map(str, sorted(here.unreadable)))
     return (
-        f"Label Studio cannot show task {tasks} (it answers 500: an annotation or a draft there holds what it cannot "
-        "write, half a character for example): its coarse labels, our account and our ML backend stay. Delete that "
-        "annotation, or the task, then detach once more."
+        f"Label Studio cannot show task {tasks} (it answers 500: {UNSHOWN}): its coarse labels, our account and our "
+        "ML backend stay. Delete that annotation, or the task, then detach once more."
     )
 
 

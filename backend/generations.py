@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from backend.connection import OURS, credentials, our_backend
 from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import LabelStudioError
+from backend.labelstudio import Row
 from backend.project import HEAD, Project
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def remove(ctx: Context, project: Project, version: str, size: int, entry: dict[
             if start and ctx.board.waiting():
                 return False
             page = ids[start : start + PAGE]
-            for task in ctx.studio.full_tasks(project.id, page):
+            for task in with_predictions(ctx, project, page):
                 for prediction in task.get("predictions") or []:
                     if prediction.get("model_version") == version:
                         ctx.studio.delete_prediction(int(prediction["id"]))
@@ -204,7 +205,7 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
         if start and ctx.board.waiting():
             return False
         page = left[start : start + PAGE]
-        for task in ctx.studio.full_tasks(project.id, page):
+        for task in with_predictions(ctx, project, page):
             if task.get("annotations"):
                 continue  # submitted: the annotation does not need it any more
             for prediction in task.get("predictions") or []:
@@ -213,6 +214,24 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
         entry["gathered"] = page[-1]
     entry.pop("gathered", None)
     return True
+
+
+def with_predictions(ctx: Context, project: Project, tasks: Sequence[int]) -> Iterator[Row]:
+    """Tasks with their annotations and predictions; one that Label Studio cannot show, with its predictions alone.
+
+    A round looks at such a task next, and notes what is wrong with it where `status` finds it.
+    """
+    unshown: set[int] = set()
+    yield from ctx.studio.full_tasks(project.id, tasks, unshown)
+    index = project.index() if unshown else {}
+    if fresh := [task for task in unshown if task in index and not index[task].error]:
+        ctx.board.changed(project.id, fresh)
+    for task in unshown:
+        try:
+            yield {"id": task, "predictions": ctx.studio.predictions(task)}
+        except LabelStudioError as error:  # one of its predictions is what cannot be shown
+            if error.status != 500:
+                raise
 
 
 def buckets(project: Project) -> dict[str, int]:

@@ -22,6 +22,8 @@ FULL_PAGE = 20
 #: Tasks that are asked for to see what changed last, and their fields.
 NEWEST = 20
 COUNTED = "id,updated_at,total_annotations,cancelled_annotations"
+#: Why Label Studio answers 500 to every listing with a certain task.
+UNSHOWN = "an annotation or a draft there holds what it cannot write, half a character for example"
 #: The fields of a light row.
 LIGHT = "id,data,updated_at,is_labeled,total_annotations,cancelled_annotations"
 
@@ -181,25 +183,41 @@ class LabelStudio:
         the project's ML backend for one, which may be somebody else's and slow.
 
         Raises:
-            LabelStudioError: it is gone (status 404), or any other trouble.
+            LabelStudioError: it is gone (status 404), cannot be shown (500), or any other trouble.
         """
         if project is None:
             return dict(self.http.call("GET", f"/api/tasks/{task}/", params={"resolve_uri": "false"}))
-        for row in self.full_tasks(project, [task]):
+        unshown: set[int] = set()
+        for row in self.full_tasks(project, [task], unshown):
             return row
+        if unshown:
+            remedy = "delete that annotation, or the task"
+            raise LabelStudioError(f"Label Studio cannot show task {task} (500): {UNSHOWN}; {remedy}", status=500)
         raise LabelStudioError(f"task {task} of project {project} is gone from Label Studio", status=404)
 
-    def full_tasks(self, project: int, tasks: Iterable[int]) -> Iterator[Row]:
-        """The tasks that still exist, each with its annotations and predictions."""
+    def full_tasks(self, project: int, tasks: Iterable[int], unshown: set[int] | None = None) -> Iterator[Row]:
+        """The tasks that still exist, each with its annotations and predictions.
+
+        Args:
+            project: Label Studio's project id.
+            tasks: their ids.
+            unshown: gets the tasks that Label Studio cannot show, see `UNSHOWN`; without it such a task is an error.
+        """
         ids = list(tasks)
         for start in range(0, len(ids), FULL_PAGE):
-            query = {
-                "selectedItems": {
-                    "all": False,
-                    "included": ids[start : start + FULL_PAGE],
-                }
-            }
-            yield from self._listing(project, query, FULL_PAGE, fields="all")
+            yield from self._full_page(project, ids[start : start + FULL_PAGE], unshown)
+
+    def _full_page(self, project: int, tasks: list[int], unshown: set[int] | None) -> list[Row]:
+        query = {"selectedItems": {"all": False, "included": tasks}}
+        try:
+            return list(self._listing(project, query, FULL_PAGE, fields="all"))
+        except LabelStudioError as error:
+            if unshown is None or error.status != 500 or not self.http.answers():
+                raise
+        if len(tasks) > 1:
+            return [row for task in tasks for row in self._full_page(project, [task], unshown)]
+        unshown.update(tasks)
+        return []
 
     def _listing(self, project: int, query: Mapping[str, Any], size: int, **params: str) -> Iterator[Row]:
         page, seen, total = 1, 0, 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import requests
 from conftest import Backend
 from numpy.typing import NDArray
 
@@ -81,3 +83,17 @@ class Team:
 
 def stages(team: Team) -> dict[int, str]:
     return {record.id: record.stage for record in team.project.index().values()}
+
+
+def cannot_be_shown(studio: LabelStudio, task: int) -> None:
+    """Submit an annotation that Label Studio stores and cannot write: it answers 500 whenever the task is shown."""
+    mask = {"format": "rle", "rle": [0], "brushlabels": ["crop"]}
+    region = {"id": "x", "from_name": "seg", "to_name": "photo", "type": "brushlabels", "value": mask}
+    region["meta"] = {"text": ["half a character \ud83d"]}
+    made = requests.post(
+        f"{studio.url}/api/tasks/{task}/annotations/",
+        data=json.dumps({"result": [region]}),  # our own door refuses it
+        headers={"Content-Type": "application/json", "Authorization": studio.http.credentials.header()},
+        timeout=60,
+    )
+    assert made.status_code == 500

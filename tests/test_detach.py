@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import Team
+from team import Team, cannot_be_shown
 from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read
 
 from backend.annotator import prelabel, shown_prediction, started_from
@@ -156,13 +155,7 @@ def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_sh
     their = plain["task"]
     number = anna.create_prediction(their, team.annotator().full_result(their), "seg-77", 0.9)
     broken = list(team.masks)[6]
-    made = requests.post(
-        f"{team.studio.url}/api/tasks/{broken}/annotations/",
-        data=json.dumps({"result": [{**CHOICE, "id": "x", "meta": {"text": ["half a character \ud83d"]}}]}),
-        headers={"Content-Type": "application/json", "Authorization": f"Token {anna.http.credentials.key}"},
-        timeout=60,
-    )
-    assert made.status_code == 500
+    cannot_be_shown(anna, broken)
     file = tmp_path / "all.json"
     assert run(team, "export-coarse", *project, "--file", str(file)) == 1
     assert f"Label Studio cannot show task {broken}" in capsys.readouterr().err

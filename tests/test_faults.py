@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rq import Worker
 from rq.timeouts import JobTimeoutException
+from team import cannot_be_shown
 from test_decoder import blank_png
 
 from backend.annotator import Annotator
@@ -194,6 +195,9 @@ def test_bad_tasks_cost_only_themselves(
     rle = [0, 0, 0, 1, *[0] * 5000]
     studio.create_annotation(drawn, [{**region, "value": {"format": "rle", "rle": rle, "brushlabels": ["crop"]}}])
     faulty[drawn] = "mask"
+    (unshown,) = studio.import_tasks(number, [{"picture": studio.task(good[0], number)["data"]["picture"]}])
+    cannot_be_shown(studio, unshown)
+    faulty[unshown] = "not shown"
     apply(plan(studio, number, ctx.settings, GROUPS))
     workers = until(lambda: worker_pids(backend))
     ctx.board.request_round(number, "attached")
@@ -219,6 +223,7 @@ def test_bad_tasks_cost_only_themselves(
         "no address": "cannot be understood: correct it",
         "empty": "the task has no image",
         "mask": "region r1 of 'seg' cannot be read",
+        "not shown": "half a character for example; delete that annotation, or the task",
     }.items():
         assert part in reasons[name]
     assert reasons.keys() == set(faulty.values())

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from conftest import Backend
 from moto.server import ThreadedMotoServer
+from team import cannot_be_shown
 
 from backend import generations, publish
 from backend.attach import apply, plan
@@ -141,11 +142,14 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     project.store.delete(project.key("served.json"))
     assert publish_order(ctx, project, index, config, places(again), 90)["queue"] == "first-row-90"
 
+    bad = ids[1]
+    cannot_be_shown(ctx.studio, bad)
     entry: dict[str, object] = {}
     ctx.board.enqueue("clean", project.id)
     size = ctx.studio.versions(project.id)["first-row-1"]
     assert not remove(ctx, project, "first-row-1", size, entry), "a job that waits goes first"
     assert 0 < ctx.studio.versions(project.id)["first-row-1"] < size, "but not for ever"
+    assert bad in ctx.board.take(project.id)[0], "a round looks at it, and names it in `status`"
     for queue in (GPU, DEFAULT):  # attach and events left jobs too, and there is no worker
         ctx.board.queue(queue).empty()
     assert remove(ctx, project, "first-row-1", size, entry)
@@ -183,7 +187,7 @@ def served(backend: Backend, project: int) -> int:
     studio = backend.context.studio
     version = studio.project(project)["model_version"]
     found: dict[int, float] = {}
-    for task in studio.full_tasks(project, [int(row["id"]) for row in studio.tasks(project)]):
+    for task in studio.full_tasks(project, [int(row["id"]) for row in studio.tasks(project)], set()):
         scores = [p["score"] for p in task["predictions"] if p["model_version"] == version]
         if scores:
             found[int(task["id"])] = min(scores)
