@@ -27,9 +27,12 @@ COARSE_COPY = "coarse-labels"
 CLUSTER = re.compile(r"cl\d+(_.*)?")
 #: Key in the `meta` of a copy's first region: all of the annotation but its regions.
 HEADER = "first_row"
-#: How skipped tasks are served again -> what more a task needs to be served again in its place, by measurement: where
-#: people get their own skipped tasks back, others' skips count as work on it, but for ground truth. None: never.
-SKIPS: dict[str, dict[str, Any]] = {"REQUEUE_FOR_OTHERS": {}, "REQUEUE_FOR_ME": {"ground_truth": True}}
+#: Where people get their own skipped tasks back, others' skips count as work on a task, but for ground truth.
+OWN_SKIPS = "REQUEUE_FOR_ME"
+#: What becomes of skipped tasks -> what more one needs to be served again in its place, by measurement; none: never.
+SKIPS: dict[str, dict[str, Any]] = {"REQUEUE_FOR_OTHERS": {}, OWN_SKIPS: {"ground_truth": True}}
+#: Fields of an annotation that tell whether anybody has touched it.
+TOUCHED = ("updated_at", "was_cancelled", "ground_truth", "lead_time")
 
 #: Where the labels of mask regions stand in their value.
 LABELS = ("brushlabels", "bitmasklabels", "polygonlabels")
@@ -81,9 +84,34 @@ def may_be_set_aside(task: Row, annotation: Row, config: ProjectConfig, since: s
     """
     regions: Sequence[Region] = annotation.get("result") or []
     pure = bool(regions) and all(is_vote(region, config) for region in regions)
-    untouched = not annotation.get("ground_truth") and not commented(task) and not commented(annotation)
+    plain = not any(annotation.get(name) for name in ("ground_truth", "was_cancelled"))
+    plain &= not commented(task) and not commented(annotation)
     ours = bool(since) and str(annotation.get("created_at", "")) >= since and keeper not in (0, author(annotation))
-    return pure and untouched and ours
+    return pure and plain and ours
+
+
+def is_served(task: Row, aside: Sequence[Row], skips: str) -> bool:
+    """Whether Label Studio serves a task again once these of its annotations are set aside.
+
+    Where people get their own skipped tasks back, it does so for one annotation alone, marked as ground truth; a mark
+    that a person has made on another of the task would be lost.
+
+    Args:
+        task: with its annotations.
+        aside: some of them.
+        skips: what becomes of skipped tasks.
+    """
+    if skips != OWN_SKIPS:
+        return skips in SKIPS
+    numbers = {row["id"] for row in aside}
+    others = [row for row in task.get("annotations") or [] if row["id"] not in numbers]
+    return len(numbers) == 1 and not any(row.get("ground_truth") for row in others)
+
+
+def untouched(now: Row, before: Row, *changed: str) -> bool:
+    """Whether nobody has touched an annotation since, but for `changed` fields."""
+    fields = [name for name in TOUCHED if name not in changed]
+    return digest(now) == digest(before) and all(now.get(name) == before.get(name) for name in fields)
 
 
 def commented(row: Row) -> bool:
@@ -94,13 +122,14 @@ def commented(row: Row) -> bool:
 def was_asked(task: Row, config: ProjectConfig, ours: re.Pattern[str], since: str) -> bool:
     """Whether Label Studio still shows that a task was served with clusters.
 
-    A prediction of ours tells it, and where that is deleted by now, regions of an annotation that came from one.
+    A prediction of ours tells it, and where that is deleted by now, regions of an annotation that came from one; those
+    can also have been imported from another project.
 
     Args:
         task: with its annotations and predictions.
         config: the project's controls.
         ours: versions of our predictions.
-        since: when our ML backend was connected, in Label Studio's time.
+        since: when annotations that count for that were made at the earliest, in Label Studio's time; empty: none do.
     """
     answered = any(
         isinstance(meta := region.get("meta"), Mapping) and "cluster" in meta

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from backend.errors import AttachRefused
+from backend.errors import AttachRefused, NotAttached
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
@@ -40,6 +40,21 @@ FLAGS = {
 def our_backend(studio: LabelStudio, project: int, settings: Settings) -> Row | None:
     """Our ML backend in a project: the one that carries our note, else the one at our address; None without one."""
     return ours_among(studio.ml_backends(project), settings)
+
+
+def need_backend(studio: LabelStudio, project: int, settings: Settings) -> Row:
+    """Our ML backend in a project.
+
+    Raises:
+        NotAttached: there is none; nothing of the project may be changed then.
+    """
+    ours = our_backend(studio, project, settings)
+    if ours is None:
+        raise NotAttached(
+            f"project {project} has no ML backend at {settings.url}: run `firstrow attach --project {project}`, or "
+            f"`firstrow detach --project {project}` to undo what is left of us"
+        )
+    return ours
 
 
 def ours_among(rows: Sequence[Row], settings: Settings) -> Row | None:

@@ -10,9 +10,11 @@ from backend.attached import Attached, Kept, Undo, does, look, tasks_of_keeper
 from backend.coarse_answers import COARSE_COPY
 from backend.connection import FLAGS, OURS, keeper_address, our_tabs, our_webhooks
 from backend.connection import digest as config_digest
-from backend.detach_answers import Choice, give_the_rest, undo_answers
+from backend.detach_answers import Choice, give_the_rest, still_aside, undo_answers
 from backend.detach_predictions import undo_predictions
 from backend.errors import ConfigError, DetachUnfinished, LabelStudioError
+from backend.generations import QUEUE
+from backend.label_config import OURS as CLASS
 from backend.label_config import parse, without_coarse
 from backend.labelstudio import UNSHOWN, LabelStudio
 from backend.settings import Settings
@@ -70,7 +72,7 @@ def plan_detach(
     """
     here = look(studio, project, settings, note, kept)
     steps = [*undo_webhooks(here)]
-    if here.ours is None and not here.before:
+    if here.ours is None and not here.before and not is_left(here):
         return [*steps, Undo(f"Project {project} has no ML backend of ours.", list)]
     steps += [*undo_answers(here, coarse, file, ask), *undo_copies(here)]
     steps += [*undo_predictions(here), *undo_config(here), *undo_settings(here)]
@@ -94,6 +96,13 @@ def unfinished(here: Attached) -> str:
     )
 
 
+def is_left(here: Attached) -> bool:
+    """Whether anything of us is in a project whose ML backend somebody has taken away, and the note of it is lost."""
+    versions = here.studio.versions(here.id)
+    orders = any(OURS.fullmatch(version) and version.startswith(QUEUE) for version in versions)
+    return bool(here.account or orders or COARSE_COPY in versions or our_tabs(here.studio, here.id, []))
+
+
 def disconnect(here: Attached) -> list[str]:
     """Remove our ML backend, the last thing that is left.
 
@@ -102,6 +111,9 @@ def disconnect(here: Attached) -> list[str]:
     """
     if text := unfinished(here):
         raise DetachUnfinished(text)
+    if left := still_aside(here):
+        tasks = ", ".join(map(str, sorted(left)))
+        raise DetachUnfinished(f"Coarse labels of task {tasks} are still set aside: detach once more.")
     if here.ours is not None:
         here.studio.delete_ml(int(here.ours["id"]))
     return []
@@ -120,10 +132,10 @@ def undo_webhooks(here: Attached) -> Iterator[Undo]:
 
 def undo_config(here: Attached) -> Iterator[Undo]:
     """Put the label config back: as it was, or, if somebody changed it since, without our control."""
-    if not here.before:
-        yield Undo("It was connected without `attach`: sampling and label config stay as they are.", list)
-        return
-    now, before = str(here.studio.project(here.id)["label_config"]), str(here.before["label_config"])
+    now, before = str(here.studio.project(here.id)["label_config"]), str(here.before.get("label_config", ""))
+    if not before:
+        why = "It was connected without `attach`" if here.ours else "Nobody knows what they were"
+        yield Undo(f"{why}: sampling and label config stay as they are, but for a control of ours.", list)
     wanted = before if config_digest(now) == here.note.get("config", "") else cleaned(now, before)
     if wanted != now:
         text = "Take the control for coarse labels out of the label config."
@@ -141,8 +153,13 @@ def restore_config(here: Attached, wanted: str) -> Iterator[str]:
 
 
 def cleaned(now: str, before: str) -> str:
-    """A label config without our control; unchanged if the control was the team's own or the config is unreadable."""
+    """A label config without our control; unchanged if the control was the team's own or the config is unreadable.
+
+    Where nobody knows what was `before`, the class that our control has tells.
+    """
     try:
+        if not before:
+            return without_coarse(now) if CLASS in now else now
         return now if parse(before).coarse else without_coarse(now)
     except ConfigError:
         return now

@@ -216,6 +216,13 @@ def give_the_rest(here: Attached) -> Iterator[str]:
         yield from answers_back(here, task)
 
 
+def still_aside(here: Attached) -> set[int]:
+    """Tasks with answers that are set aside by now."""
+    left = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
+    tasks = readable(here, sorted(left))
+    return {int(task["id"]) for task in tasks if any(row["was_cancelled"] for row, _ in set_aside(here, task))}
+
+
 # To a file
 
 CHANGED = "changed after it was set aside"

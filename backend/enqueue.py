@@ -10,13 +10,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import LockError, ResponseError
 from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
@@ -52,6 +53,8 @@ PAUSES = (5, 30, 120, 600)
 STOPPED = 60
 #: Seconds after which another worker looks at the counters of a project, when one has died while it looked.
 KEEP_COUNTING = 120
+#: Seconds for which somebody who died in the middle of what only one process does keeps others away from it.
+ALONE = 900
 #: Job states in which a job still has something to do.
 LIVE = {"queued", "started", "deferred", "scheduled", "ready"}
 
@@ -511,6 +514,21 @@ class Board:
     def turn(self, name: str, seconds: float) -> bool:
         """True for one caller per so many seconds, of all processes."""
         return bool(self.redis.set(name, 1, nx=True, px=max(1, int(1000 * seconds))))
+
+    def alone(self, project: int, name: str, run: Callable[[], None]) -> None:
+        """Run something, but not beside another process: one that runs it just then runs it once more instead.
+
+        Who dies in the middle keeps others away for `ALONE` seconds.
+        """
+        wish, lock = _key(project, f"{name}:wish"), self.redis.lock(_key(project, f"{name}:lock"), timeout=ALONE)
+        self.redis.set(wish, 1)
+        while self.redis.exists(wish) and lock.acquire(blocking=False):
+            try:
+                self.redis.delete(wish)
+                run()
+            finally:
+                with suppress(LockError):  # it took longer
+                    lock.release()
 
     def time_to_count(self, project: int) -> bool:
         """Whether it is time to look at the project's counters; true for one caller, who calls `count_later` next."""

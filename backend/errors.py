@@ -11,6 +11,7 @@ FirstRowError
 |- InUseError          somebody is at work on an annotation that we would change
 |- StoreError          the store cannot be read or written
 |- AttachRefused       a project that cannot be attached as it is
+|- NotAttached         a project without an ML backend of ours
 |- DetachUnfinished    a project that could not be detached as a whole
 |- JobError            a step of a round cannot be done
 |- RoundOver           a round that must not go on
@@ -76,6 +77,10 @@ class DetachUnfinished(FirstRowError):
 
 class AttachRefused(FirstRowError):
     """A project cannot be attached as it is."""
+
+
+class NotAttached(FirstRowError):
+    """A project has no ML backend of ours: nothing of it may be changed."""
 
 
 class JobError(FirstRowError):

@@ -48,7 +48,7 @@ class Event:
         project: Label Studio's project id.
         tasks: ids of the tasks that changed, came or went.
         deleted: ids of deleted annotations; Label Studio does not say of which tasks.
-        label_config: the project's label config, for PROJECT_UPDATED only, else empty.
+        meaning: the project's label config and what becomes of skipped tasks, for PROJECT_UPDATED only, else empty.
         annotation: as it was saved, for ANNOTATION_UPDATED only.
     """
 
@@ -56,7 +56,7 @@ class Event:
     project: int
     tasks: tuple[int, ...] = ()
     deleted: tuple[int, ...] = ()
-    label_config: str = ""
+    meaning: str = ""
     annotation: Mapping[str, Any] | None = None
 
 
@@ -82,7 +82,7 @@ def parse(payload: object) -> Event | None:
     if action == "ANNOTATIONS_DELETED":
         return Event(action, _project(payload, action), deleted=_ids(payload.get("annotations"), action))
     if action == "PROJECT_UPDATED":
-        return Event(action, _project(payload, action), label_config=_label_config(payload))
+        return Event(action, _project(payload, action), meaning=_meaning(payload))
     if action == "START_TRAINING":
         return Event(action, _project(payload, action))
     return None
@@ -135,13 +135,13 @@ def _built(result: object) -> object:
 
 
 def _config_changed(event: Event, board: Board) -> str | None:
-    # Any change of a project arrives here, also our own moves of its model version: only a new label config counts.
-    key = f"firstrow:{event.project}:label_config"
-    seen = hashlib.sha256(event.label_config.encode()).hexdigest()
+    # Any change of a project arrives here, also our own moves of its model version: only a new meaning counts.
+    key = f"firstrow:{event.project}:meaning"
+    seen = hashlib.sha256(event.meaning.encode()).hexdigest()
     before = board.redis.set(key, seen, get=True)
     if isinstance(before, bytes) and before.decode() == seen:
         return None
-    return board.request_round(event.project, "label config changed")
+    return board.request_round(event.project, "label config, or what becomes of skipped tasks, changed")
 
 
 def project_id(value: object) -> int:
@@ -192,9 +192,9 @@ def _field(row: object, name: str) -> Any:
     return None if isinstance(value, list | Mapping) else value
 
 
-def _label_config(payload: Mapping[str, Any]) -> str:
+def _meaning(payload: Mapping[str, Any]) -> str:
     project = payload["project"]
     config = project.get("label_config") if isinstance(project, Mapping) else None
     if not isinstance(config, str):
         raise EventError("webhook PROJECT_UPDATED: no label config in it; turn on 'Send payload' for this webhook")
-    return config
+    return f"{project.get('skip_queue')} {config}"

@@ -74,13 +74,18 @@ def clean_generations(ctx: Context, project: Project) -> None:
     """Delete predictions of ours that are too old to be open anywhere.
 
     Label Studio unsets the order in force at any deletion while our ML backend has its name. So the backend gets that
-    name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done.
+    name, by which Label Studio asks it for prelabels of every served task, only when the deletions are done. For the
+    same reason, and since one could delete what another has just gathered, only one process at a time cleans up.
     """
-    try:
-        clean_versions(ctx, project)
-    except LabelStudioError as error:
-        log.warning("project %d: old predictions stay for now: %s", project.id, error)
-    take_name(ctx, project)
+
+    def run() -> None:
+        try:
+            clean_versions(ctx, project)
+        except LabelStudioError as error:
+            log.warning("project %d: old predictions stay for now: %s", project.id, error)
+        take_name(ctx, project)
+
+    ctx.board.alone(project.id, "clean", run)
 
 
 def clean_versions(ctx: Context, project: Project) -> None:

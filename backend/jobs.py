@@ -14,10 +14,18 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
-from backend.connection import HIGHEST, our_backend
+from backend.connection import HIGHEST, need_backend
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
-from backend.errors import ConfigError, FirstRowError, LabelStudioError, RoundOver, SettingsError, StartAnew
+from backend.errors import (
+    ConfigError,
+    FirstRowError,
+    LabelStudioError,
+    NotAttached,
+    RoundOver,
+    SettingsError,
+    StartAnew,
+)
 from backend.faults import due_tasks, in_turn
 from backend.generations import begin, clean_generations, unfinished
 from backend.label_config import ProjectConfig
@@ -80,7 +88,7 @@ def heals(error: Exception) -> bool:
     """Whether a fault may be gone by itself after a while; others need a person, or another key."""
     if isinstance(error, LabelStudioError):
         return error.status not in (401, 403)
-    return not isinstance(error, ConfigError | SettingsError)
+    return not isinstance(error, ConfigError | NotAttached | SettingsError)
 
 
 @step
@@ -176,14 +184,16 @@ def publish(ctx: Context, project: Project, number: int) -> None:
     before, config = project.index(), project.config()
     index = unscored(project, number, before)
     places = rank(ctx, project, index, config)
-    check_config(ctx, project)  # as late as can be: what follows touches people's work
-    called = call_back(ctx, project, mark_asked(index, places), places)
+    need_backend(ctx.studio, project.id, ctx.settings)  # as late as can be: what follows touches people's work
+    check_config(ctx, project)
+    called = call_back(ctx, project, index, places)
     if called != before:
-        index = called
         ctx.board.go_on(project.id)
-        project.save_index(index)
+        project.save_index(called)
     begin(project, number)
-    publish_order(ctx, project, index, config, places, number)
+    publish_order(ctx, project, called, config, places, number)
+    ctx.board.go_on(project.id)
+    project.save_index(mark_asked(called, places))
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
 
@@ -200,14 +210,14 @@ def reconcile(ctx: Context, project: Project) -> None:
     """Find in Label Studio what lost events would have told, and rounds that were lost."""
     try:
         config = refresh_config(ctx, project, ctx.board.busy(project.id) is None)
+    except NotAttached:
+        log.info("project %d is not attached: forgotten", project.id)
+        ctx.board.forget(project.id)
+        return
     except LabelStudioError as error:
         if error.status != 404:
             raise
         log.warning("project %d is gone from Label Studio, or our key may not see it: forgotten", project.id)
-        ctx.board.forget(project.id)
-        return
-    if our_backend(ctx.studio, project.id, ctx.settings) is None:
-        log.info("project %d is not attached: forgotten", project.id)
         ctx.board.forget(project.id)
         return
     for sentence in check(ctx.studio, project.id, ctx.settings):

@@ -80,9 +80,12 @@ class LabelStudio:
         return list(self.http.call("GET", "/api/projects/", params={"title": title, "page_size": 100})["results"])
 
     def label_config(self, project: int) -> str:
-        """The project's label config alone; cheaper than all of `project`."""
-        answer = self.http.call("GET", f"/api/projects/{project}/", params={"include": "id,label_config"})
-        return str(answer["label_config"])
+        """The project's label config alone."""
+        return str(self.some_settings(project, "label_config")["label_config"])
+
+    def some_settings(self, project: int, *names: str) -> Row:
+        """Some settings of a project; cheaper than all of `project`."""
+        return dict(self.http.call("GET", f"/api/projects/{project}/", params={"include": ",".join(["id", *names])}))
 
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from backend.coarse_answers import digest
 from backend.context import Context
+from backend.errors import InUseError
 from backend.labelstudio import Row
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ def put_back(ctx: Context, project: int, task: Row) -> bool:
 
     Returns:
         Whether an annotation was changed.
+
+    Raises:
+        InUseError: somebody has a draft of it.
     """
     return sum(_put_back(ctx, project, row) for row in task.get("annotations") or []) > 0
 
@@ -57,6 +61,11 @@ def _put_back(ctx: Context, project: int, row: Row) -> bool:
         return False
     lost = is_lost(saved, row, ours)
     if lost:
+        if number in ctx.studio.drafted(row["task"]):
+            raise InUseError(
+                f"annotation {number} was saved while we changed it, and somebody goes on with it in a draft: it is as "
+                "it was saved when the draft is submitted or deleted"
+            )
         log.warning("project %d, annotation %d: put back what was saved while we changed it", project, number)
         change(ctx, project, row, result=saved["result"])
     ctx.board.forget_missed_update(project, number)

@@ -33,6 +33,7 @@ class Row(msgspec.Struct, gc=False):
     id: Scalar | msgspec.UnsetType = msgspec.UNSET
     task: Scalar | msgspec.UnsetType = msgspec.UNSET
     label_config: str | msgspec.UnsetType | None = msgspec.UNSET
+    skip_queue: str | msgspec.UnsetType | None = msgspec.UNSET
 
     def __post_init__(self) -> None:
         _counted.rows = _counted.rows + 1

@@ -48,6 +48,7 @@ class TaskRecord:
         lost: labels of its mask that are not in the label config any more; their pixels count as unknown.
         tries: how often it failed in a row, up to its last failure.
         next_try: seconds since the epoch, when it is (or was) tried again after its last failure.
+        known: whether `asked` is known: not before its labels are read anew where an earlier index was lost.
     """
 
     id: int
@@ -66,6 +67,7 @@ class TaskRecord:
     lost: tuple[str, ...] = ()
     tries: int = 0
     next_try: float = 0.0
+    known: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the store."""

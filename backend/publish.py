@@ -19,10 +19,11 @@ from backend.coarse_answers import (
     copy_of,
     digest,
     give_back,
+    is_served,
     may_be_set_aside,
     original_of,
+    untouched,
 )
-from backend.connection import our_backend
 from backend.context import Context
 from backend.errors import InUseError, JobError, LabelStudioError
 from backend.faults import noted
@@ -57,12 +58,6 @@ def publish_order(
     Returns:
         The project's new state, already stored.
     """
-    backend = our_backend(ctx.studio, project.id, ctx.settings)
-    if backend is None:
-        raise JobError(
-            f"project {project.id} has no ML backend at {ctx.settings.url}: "
-            f"run `firstrow attach --project {project.id}`"
-        )
     tasks = [place.task for place in places]
     served = standing(ctx, project, tasks)
     state = new_state(ctx, project, index, config, places, number)
@@ -182,7 +177,7 @@ def new_state(
 
 def basis(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> str:
     """Names all that an order depends on: equal basis, equal order."""
-    tasks = [(r.id, r.image, r.stage, r.version, r.error) for r in index.values()]
+    tasks = [(r.id, r.image, r.stage, r.version, r.callable, r.error) for r in index.values()]
     wishes = (ctx.settings.strategy, ctx.settings.coarse_tasks, config)
     return hashlib.sha1(repr((sorted(tasks), wishes, scores_key(ctx, project, config))).encode()).hexdigest()
 
@@ -233,7 +228,7 @@ def delete_generation(ctx: Context, project: Project, version: str) -> None:
 
 
 def mark_asked(index: Index, places: Sequence[Place]) -> Index:
-    """The index in which each task that is about to show clusters says so."""
+    """The index in which each task that shows clusters says so."""
     asked = {place.task: replace(index[place.task], asked=True) for place in places if place.ask == "coarse"}
     return {**index, **asked}
 
@@ -270,15 +265,10 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     rows, keeper = active(task), int(extra.get("keeper", 0))
     free = all(may_be_set_aside(task, row, config, str(extra.get("since", "")), keeper) for row in rows)
     known = any(row["id"] == record.annotation for row in rows)
-    if not (known and free and extra.get("skips") in SKIPS):
+    if not (known and free and is_served(task, rows, str(extra.get("skips")))):
         ctx.board.remember(project.id, [record.id])
         return record
-    drafted = ctx.studio.drafted(record.id)
-    if any(row["id"] in drafted for row in rows):
-        raise InUseError(
-            f"task {record.id} is wanted in full, but somebody goes on with its coarse labels in a draft: "
-            "it is opened again once the draft is submitted or deleted"
-        )
+    refuse_drafted(ctx, task, rows)
     if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
         ctx.board.remember(project.id, [record.id])
         return record
@@ -290,12 +280,29 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     return replace(record, stage="returned", annotation=0, callable=False, updated_at=now.get("updated_at", ""))
 
 
+def refuse_drafted(ctx: Context, task: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Leave answers alone that somebody has a draft of: Label Studio would delete it.
+
+    Raises:
+        InUseError: somebody has.
+    """
+    drafted = ctx.studio.drafted(task["id"])
+    if any(row["id"] in drafted for row in rows):
+        raise InUseError(
+            f"task {task['id']} is wanted in full, but somebody goes on with its coarse labels in a draft: "
+            "it is opened again once the draft is submitted or deleted"
+        )
+
+
 def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: dict[str, Any], keeper: int) -> bool:
     """Copy an annotation, hand it to our keeper as a skipped one, and look whether it still is what was copied.
 
     Returns:
         Whether it is; else a person has changed it meanwhile, and it counts again, as theirs if they still have an
         account.
+
+    Raises:
+        InUseError: somebody has begun a draft of it meanwhile.
     """
     ctx.board.go_on(project.id)
     content, number = digest(annotation), int(annotation["id"])
@@ -303,14 +310,20 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     known = {int(row["id"]): original_of(row) for row in copies_of(task)}
     same = [copy for copy, row in known.items() if row.get("id") == number and digest(row) == content]
     copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
-    fields = {"was_cancelled": True, "completed_by": keeper, **SKIPS[str(project.extra()["skips"])]}
+    more = SKIPS[str(project.extra()["skips"])]
     try:
-        now = ctx.studio.annotation(number)
-        if digest(now) == content:
-            row = change(ctx, project.id, now, **fields)
-            if digest(row) == content:
+        refuse_drafted(ctx, task, [annotation])
+        if untouched(now := ctx.studio.annotation(number), annotation):
+            row = change(ctx, project.id, now, was_cancelled=True, completed_by=keeper)
+            if untouched(row, annotation, "was_cancelled", "updated_at"):
+                if more:  # by itself: a mark that a person has made just now shows in the answer above
+                    change(ctx, project.id, {**row, "updated_at": now["updated_at"]}, **more)
                 return True
-            give_back(ctx.studio, number, annotation, partial(change, ctx, project.id, row))
+            original = {**annotation, "ground_truth": row["ground_truth"]}
+            give_back(ctx.studio, number, original, partial(change, ctx, project.id, row))
+    except InUseError:
+        ctx.studio.delete_prediction(copy)
+        raise
     except LabelStudioError as error:
         if error.status == 400:
             raise LabelStudioError(

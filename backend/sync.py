@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from backend.coarse_answers import (
     COARSE_COPY,
+    OWN_SKIPS,
     SKIPS,
     active,
     copies_of,
@@ -22,6 +23,7 @@ from backend.coarse_answers import (
     give_back,
     held,
     is_cluster,
+    is_served,
     is_vote,
     kind_of,
     labels_of,
@@ -30,7 +32,7 @@ from backend.coarse_answers import (
     uncopied,
     was_asked,
 )
-from backend.connection import HIGHEST, OURS, keeper_account, note_of, our_backend
+from backend.connection import HIGHEST, OURS, keeper_account, need_backend, note_of
 from backend.connection import digest as config_digest
 from backend.context import Context
 from backend.errors import InUseError, LabelStudioError, MaskError, StartAnew
@@ -59,31 +61,36 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
 
     Raises:
         ConfigError: it cannot be used.
+        NotAttached: there is no ML backend of ours; what the store has of its note stays, for a detach.
     """
     seen = ctx.studio.project(project.id)
-    ours = our_backend(ctx.studio, project.id, ctx.settings)
-    names = [(ours or {}).get("title", ""), *ctx.studio.versions(project.id)]
+    ours = need_backend(ctx.studio, project.id, ctx.settings)
+    names = [str(ours["title"]), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
     highest = max((number for number in rounds if number <= HIGHEST), default=0)
-    extra = {"round": highest, "since": (ours or {}).get("created_at", ""), "skips": seen["skip_queue"]}
-    note = {**(note_of(ours) if ours else project.extra()), **extra}  # where somebody took it away it stays known
+    extra = {"round": highest, "since": ours["created_at"], "skips": seen["skip_queue"]}
+    note = {**note_of(ours), **extra}
     note["keeper"] = note.get("keeper") or keeper_account(ctx.studio, project.id)
     if save:
         before = project.extra()
         project.save_config(seen["label_config"], note)
-        if any(before.get(name) != note.get(name) for name in ("keeper", "skips")):  # other answers can be set aside
-            ctx.board.remember(project.id, [r.id for r in project.index().values() if r.stage == "coarse"])
+        if any(before.get(name) != note.get(name) for name in ("keeper", "skips")):  # others can be, or stay, set aside
+            rows = project.index().values()
+            ctx.board.remember(project.id, [r.id for r in rows if r.stage in ("coarse", "returned")])
     return parse(seen["label_config"], recorded=note)
 
 
 def check_config(ctx: Context, project: Project) -> None:
-    """Look whether the label config still is the one that this round began with.
+    """Look whether the label config, and what becomes of skipped tasks, still is what this round began with.
 
     Raises:
         StartAnew: it is not.
     """
-    if config_digest(ctx.studio.label_config(project.id)) != config_digest(project.label_config()):
+    now = ctx.studio.some_settings(project.id, "label_config", "skip_queue")
+    if config_digest(str(now["label_config"])) != config_digest(project.label_config()):
         raise StartAnew("the label config was changed during the round: it starts anew")
+    if now["skip_queue"] != project.extra().get("skips"):
+        raise StartAnew("what becomes of skipped tasks was changed during the round: it starts anew")
 
 
 def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, set[int]]:
@@ -122,8 +129,10 @@ def listing(ctx: Context, project: Project, config: ProjectConfig, index: Index)
         another = old is not None and old.image != image
         if old is not None and another:
             old = replace(old, image=image, size=(0, 0), error="", clusters="", counts=())
-        fresh[row["id"]] = old or TaskRecord(row["id"], image, row.get("updated_at", ""))
-        if another or differs(row, old) or row["id"] in aside:
+        anew = differs(row, old) or row["id"] in aside
+        known = bool(index) or not anew
+        fresh[row["id"]] = old or TaskRecord(row["id"], image, row.get("updated_at", ""), known=known)
+        if another or anew:
             read.add(row["id"])
     return fresh, read
 
@@ -162,13 +171,14 @@ def read_task(ctx: Context, project: Project, config: ProjectConfig, record: Tas
         raise
     check_results(task)
     task = return_what_changed(ctx, project, task)
-    asked = record.asked or was_asked(task, config, OURS, str(project.extra().get("since", "")))
+    since = "" if record.known else str(project.extra().get("since", ""))
+    asked = record.asked or was_asked(task, config, OURS, since)
     changed, image = task.get("updated_at", ""), image_value(task, config)
     fresh: dict[str, Any] = {"image": image, "updated_at": changed, "error": "", "lost": ()}
     tries = record.tries if changed == record.updated_at else 0
     if image != record.image:
         fresh |= {"size": (0, 0), "clusters": "", "counts": ()}
-    record = replace(record, **fresh, coarse=False, asked=asked, tries=tries)
+    record = replace(record, **fresh, coarse=False, asked=asked, known=True, tries=tries)
     record = replace(record, **vars_of_labels(project, task, config, asked))
     try:
         return read_masks(ctx, project, config, record, task)
@@ -194,32 +204,53 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
     """Give a coarse answer back that its author has changed after it was set aside, for example in an open editor.
 
     A copy that somebody has deleted is made again from what the store keeps; where that has nothing, the answer counts
-    again as it is.
+    again as it is. So does one whose task Label Studio would not serve: what becomes of skipped tasks can be changed.
 
     Returns:
         The task as it is then.
+
+    Raises:
+        InUseError: somebody has a draft of what would be changed.
     """
-    keeper, changed = int(project.extra().get("keeper", 0)), put_back(ctx, project.id, task)
+    extra = project.extra()
+    keeper, skips, changed = int(extra.get("keeper", 0)), str(extra.get("skips")), put_back(ctx, project.id, task)
     if changed:
         task = ctx.studio.task(task["id"], project.id)
     for row in uncopied(task, keeper):
-        original = (project.store.read_json(project.coarse_answer_key(row["id"])) or {}).get("annotation")
-        if original is None and keeper != keeper_account(ctx.studio, project.id):
+        given = (project.store.read_json(project.coarse_answer_key(row["id"])) or {}).get("annotation")
+        if given is None and keeper != keeper_account(ctx.studio, project.id):
             continue  # the keeper is a person, whose own skips these may be
-        if original is not None and digest(original) == digest(row):
-            ctx.studio.create_prediction(task["id"], copy_of(original), COARSE_COPY)
+        if given is not None and digest(given) == digest(row):
+            ctx.studio.create_prediction(task["id"], copy_of(given), COARSE_COPY)
         else:
-            restore(ctx, project, row, original or {})
+            restore(ctx, project, row, given or {})
         changed = True
     latest = {original_of(copy).get("id"): copy for copy in copies_of(task)}  # of each annotation, the last copy
-    for copy in latest.values():
-        annotation, original = held(task, copy, keeper), original_of(copy)
-        if annotation is None or (annotation["was_cancelled"] and digest(annotation) == digest(original)):
-            continue
-        restore(ctx, project, annotation, original)
-        delete_copies(ctx, task, annotation["id"])
-        changed = True
+    ours = [(mine, original_of(copy)) for copy in latest.values() if (mine := held(task, copy, keeper)) is not None]
+    stay = [row for row, original in ours if row["was_cancelled"] and digest(row) == digest(original)]
+    if not active(task) and not is_served(task, stay, skips):
+        stay = []
+    for row, original in ours:
+        if row in stay:
+            changed |= serve_again(ctx, project, row, skips)
+        else:
+            restore(ctx, project, row, original)
+            delete_copies(ctx, task, row["id"])
+            changed = True
     return ctx.studio.task(task["id"], project.id) if changed else task
+
+
+def serve_again(ctx: Context, project: Project, annotation: dict[str, Any], skips: str) -> bool:
+    """Mark an answer that is set aside as ground truth, where Label Studio serves its task again only then.
+
+    Returns:
+        Whether it was not marked before.
+    """
+    if annotation["ground_truth"] or skips != OWN_SKIPS:
+        return False
+    refuse_drafted(ctx, annotation, "is to be served again")
+    change(ctx, project.id, annotation, **SKIPS[skips])
+    return True
 
 
 def delete_copies(ctx: Context, task: dict[str, Any], annotation: int) -> None:
@@ -236,14 +267,23 @@ def restore(ctx: Context, project: Project, annotation: dict[str, Any], original
         InUseError: somebody has a draft of it.
     """
     number = annotation["id"]
-    if number in ctx.studio.drafted(annotation["task"]):
-        raise InUseError(
-            f"annotation {number} was changed after it was set aside, and somebody goes on with it in a draft: "
-            "it counts when the draft is submitted or deleted"
-        )
+    refuse_drafted(ctx, annotation, "is to be given back")
     log.info("project %d, task %s, annotation %d was changed: given back", project.id, annotation.get("task"), number)
     if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation)):
         log.warning("project %d, annotation %d: the account of its author is gone", project.id, number)
+
+
+def refuse_drafted(ctx: Context, annotation: dict[str, Any], what: str) -> None:
+    """Leave an annotation alone while somebody has a draft of it, which Label Studio would delete.
+
+    Raises:
+        InUseError: somebody has.
+    """
+    if annotation["id"] in ctx.studio.drafted(annotation["task"]):
+        raise InUseError(
+            f"annotation {annotation['id']} was set aside and {what}, but somebody goes on with it in a draft: that "
+            "happens when the draft is submitted or deleted"
+        )
 
 
 def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> dict[str, Any]:
@@ -254,8 +294,9 @@ def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectCon
     version = hashlib.sha1(named.encode("utf-8", "surrogatepass")).hexdigest()[:12] if sources else ""
     extra = project.extra()
     since, keeper = str(extra.get("since", "")), int(extra.get("keeper", 0))
-    free = [may_be_set_aside(dict(task), row, config, since, keeper) for row in active(dict(task))]
-    callable_ = asked and extra.get("skips") in SKIPS and bool(free) and all(free)
+    rows = active(dict(task))
+    free = all(may_be_set_aside(dict(task), row, config, since, keeper) for row in rows)
+    callable_ = asked and bool(rows) and free and is_served(dict(task), rows, str(extra.get("skips")))
     return {
         "stage": stage,
         "annotation": annotation["id"] if annotation else 0,

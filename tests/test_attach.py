@@ -332,7 +332,10 @@ def test_connected_by_hand_and_never_attached_can_be_detached(
     before = state(door, project)
     door.connect_ml(**{**attach.credentials(settings, project), "title": "my model"})
     said = list(attach.detach(door, project, settings))
-    assert "It was connected without `attach`: sampling and label config stay as they are." in said
+    assert (
+        "It was connected without `attach`: sampling and label config stay as they are, but for a control of ours."
+        in said
+    )
     assert state(door, project) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,3 +383,39 @@ def test_detach_refuses_nothing_where_there_is_no_coarse_label(share_backend: Sh
     assert run(team, "detach", "--project", str(team.id)) == 0
     after = around(team)
     assert {name: after[name] for name in before if after[name] != before[name]} == {}
+
+
+def test_nothing_is_set_aside_without_our_ml_backend_and_detach_gives_all_back(
+    share_backend: Share, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
+    before = around(team)
+    last = team.attach()
+    board, tasks = team.backend.context.board, []
+    for _ in range(2):
+        tasks.append(answer(team)["id"])
+        last = team.wait(last)
+    team.settle()
+    given = {row["id"]: row for row in annotations(team).values() if not row["was_cancelled"]}
+    aside_before = {number for number, row in annotations(team).items() if row["was_cancelled"]}
+    [backend] = team.studio.ml_backends(team.id)
+    team.studio.delete_ml(backend["id"])
+    for task in team.ranking()[:2]:  # full segmentations, after which coarse answers were set aside
+        team.segment(task)
+    board.request_round(team.id, "this test")
+    until = time.monotonic() + 60
+    while (error := board.error(team.id)) is None or "has no ML backend" not in error["message"] or board.busy(team.id):
+        assert time.monotonic() < until, team.log()
+        time.sleep(0.2)
+    now = annotations(team)
+    assert {number for number, row in now.items() if row["was_cancelled"]} == aside_before
+    assert {number: now[number] for number in given} == given
+    board.redis.flushdb()
+    for key in team.project.store.list(team.project.key()):  # the note is lost, too
+        team.project.store.delete(key)
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    assert not any(row["was_cancelled"] for row in annotations(team).values())
+    assert len([row for row in annotations(team).values() if row["task"] in tasks]) == len(tasks)
+    after = around(team)
+    assert all(after[name] == before[name] for name in ("tabs", "backends", "webhooks", "versions", "keeper"))
+    assert "firstrow-coarse" in after["label_config"], "the answers that were kept need it"

@@ -11,7 +11,13 @@ from backend.coarse_answers import digest
 from backend.enqueue import Board
 from backend.events import Event, EventError, handle, parse, project_id
 
-PROJECT = {"id": 22, "title": "field", "label_config": "<View/>", "sampling": "Uncertainty sampling"}
+PROJECT = {
+    "id": 22,
+    "title": "field",
+    "label_config": "<View/>",
+    "skip_queue": "REQUEUE_FOR_OTHERS",
+    "sampling": "Uncertainty sampling",
+}
 ANNOTATION = {"id": 169, "task": 31, "project": 22, "completed_by": 1, "was_cancelled": False, "result": []}
 TASK = {"id": 31, "data": {"image": "/data/upload/22/a.jpg"}, "project": 22}
 UPDATED = Event("ANNOTATION_UPDATED", 22, (31,), annotation=ANNOTATION)
@@ -55,7 +61,7 @@ def payload(action: str, **more: Any) -> dict[str, Any]:
         ),
         (payload("TASKS_CREATED", tasks=[TASK, {**TASK, "id": 32}]), Event("TASKS_CREATED", 22, (31, 32))),
         (payload("TASKS_DELETED", tasks=[{"id": 31}]), Event("TASKS_DELETED", 22, (31,))),
-        (payload("PROJECT_UPDATED"), Event("PROJECT_UPDATED", 22, label_config="<View/>")),
+        (payload("PROJECT_UPDATED"), Event("PROJECT_UPDATED", 22, meaning="REQUEUE_FOR_OTHERS <View/>")),
         (payload("START_TRAINING"), Event("START_TRAINING", 22)),
         ({"action": "LABEL_LINK_CREATED", "label_link": [{"id": 1}]}, None),
         ({"action": "PROJECT_CREATED", "project": PROJECT}, None),
@@ -145,12 +151,12 @@ def test_an_empty_list_changes_nothing(board: Board) -> None:
 
 
 def test_a_project_update_counts_once_per_label_config(board: Board) -> None:
-    updated = Event("PROJECT_UPDATED", 22, label_config="<View/>")
+    updated = Event("PROJECT_UPDATED", 22, meaning="REQUEUE_FOR_OTHERS <View/>")
     assert handle(updated, board)
     board.begin(22)
     assert handle(updated, board) is None  # its title, its sampling, our own PATCH of the model version
     assert not board.wished(22)
-    assert handle(Event("PROJECT_UPDATED", 22, label_config="<View><Image/></View>"), board)
+    assert handle(Event("PROJECT_UPDATED", 22, meaning="REQUEUE_FOR_OTHERS <View><Image/></View>"), board)
     assert board.wished(22)
 
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import cv2
@@ -350,11 +351,17 @@ def test_work_begun_before_a_round_can_be_submitted_after_it(
         assert work is not None
         assert work.task != opened["id"]
         before = team.wait(before)
+    while team.backend.context.board.in_hand():  # the worker cleans up, too
+        time.sleep(0.1)
     history = team.project.store.read_json(team.project.key("generations.json"))
     for entry in history.values():
         entry["published"] -= KEEP_ORDERS + 60
     team.project.store.write_json(team.project.key("generations.json"), history)
-    clean_generations(team.backend.context, team.project)
+    cleaners = [Thread(target=clean_generations, args=(team.backend.context, team.project)) for _ in range(3)]
+    for cleaner in cleaners:
+        cleaner.start()
+    for cleaner in cleaners:
+        cleaner.join()
     kept = {p["id"]: p["model_version"] for p in team.studio.predictions(opened["id"])}
     assert {fetched["id"], head["id"]} <= set(kept)
     assert head["model_version"] not in kept.values(), "the order itself is gone"

@@ -221,6 +221,8 @@ def test_only_what_label_studio_lost_to_our_own_change_is_put_back(share_backend
 def test_an_answer_that_somebody_goes_on_with_is_left(share_backend: Share, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.attach()
+    team.settle()
+    team.backend.context.board.redis.set(f"firstrow:{team.id}:busy", "this test")  # it is the only round
     ctx, task = team.backend.context, answer(team)
     given, whole = task["annotations"][0], team.annotator().full_result(task["id"])
 
@@ -231,13 +233,27 @@ def test_an_answer_that_somebody_goes_on_with_is_left(share_backend: Share, pict
         [draft] = team.studio.drafts(task["id"])
         team.studio.http.call("DELETE", f"/api/drafts/{draft['id']}/")
 
+    def goes() -> bool:
+        """Set the answer aside as it was read before somebody was at it."""
+        keeper = int(team.project.extra()["keeper"])
+        try:
+            return set_aside(ctx, team.project, task, given, keeper)
+        finally:
+            assert not copies_of(team.studio.task(task["id"], team.id)), "no copy of what stays is left"
+
+    read(team, task["id"])
     begin()
-    team.settle()
-    record = read(team, task["id"])
     with pytest.raises(InUseError, match="once the draft is submitted"):
-        reopen(ctx, team.project, record)
+        reopen(ctx, team.project, team.project.index()[task["id"]])
+    with pytest.raises(InUseError, match="once the draft is submitted"):
+        goes()
     end()
-    team.settle()
+    for name in ("ground_truth", "was_cancelled"):  # somebody's mark, or skip, since the answer was read
+        team.studio.patch_annotation(given["id"], **{name: True})
+        assert not goes()
+        [row] = annotations(team).values()
+        assert (row[name], row["completed_by"]) == (True, given["completed_by"])
+        team.studio.patch_annotation(given["id"], **{name: False})
     assert reopen(ctx, team.project, read(team, task["id"])).stage == "returned"
     team.studio.update_annotation(given["id"], whole)
     begin()
@@ -599,13 +615,46 @@ def test_a_project_whose_skips_count_as_done_is_not_asked_coarsely(share_backend
     assert team.backend.context.board.state(team.id)["phase"] == "full"
 
 
+def test_tasks_are_served_again_whatever_becomes_of_skips(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    team.attach()
+    board, given = team.backend.context.board, set_aside_by_a_round(team, team.studio)
+
+    def change_to(skips: str, stage: str) -> dict[str, Any]:
+        team.studio.patch_project(team.id, skip_queue=skips)
+        until = time.monotonic() + 60
+        while team.project.extra()["skips"] != skips or stages(team)[given["task"]] != stage:
+            assert time.monotonic() < until, (stages(team), board.error(team.id), team.log())
+            time.sleep(0.2)
+        team.settle()
+        return annotations(team)[given["id"]]
+
+    assert not change_to("REQUEUE_FOR_OTHERS", "returned")["ground_truth"]
+    row = change_to("IGNORE_SKIPPED", "coarse")
+    assert lasting(row) == lasting(given)
+    assert (row["was_cancelled"], row["completed_by"]) == (False, given["completed_by"])
+    assert status(team.backend.context, team.id)["without_mask"] == list(stages(team).values()).count("coarse") > 0
+    change_to("REQUEUE_FOR_OTHERS", "returned")
+    row = change_to("REQUEUE_FOR_ME", "returned")
+    assert (row["was_cancelled"], row["ground_truth"]) == (True, True), "else Label Studio does not serve it"
+    served = []
+    while (now := team.studio.next_task(team.id)) is not None and now["id"] not in served:
+        served.append(now["id"])
+        team.studio.create_annotation(now["id"], team.annotator().full_result(now["id"]))
+    assert given["task"] in served
+
+
 def test_people_who_get_their_own_skips_back_are_served_in_order_too(share_backend: Share, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.studio.patch_project(team.id, skip_queue="REQUEUE_FOR_ME")
     team.attach()
     task = answer(team)
+    team.settle()
+    other = team.studio.create_annotation(task["id"], [], ground_truth=True)
+    assert not read(team, task["id"]).callable, "one annotation of a task can be marked as ground truth, and one is"
+    team.studio.delete_annotation(other["id"])
     record = read(team, task["id"])
-    assert reopen(team.backend.context, team.project, record).stage == "returned"
+    assert record.stage == "returned" or reopen(team.backend.context, team.project, record).stage == "returned"
     team.backend.wait(team.id)
     served = []
     while (now := team.studio.next_task(team.id)) is not None and now["id"] not in served:
