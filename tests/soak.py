@@ -91,11 +91,12 @@ class Soak:
         self.began = time.monotonic()
         self.wait(0)
 
-    def run(self, seconds: float, every: float, say: Callable[[Sample], object]) -> list[Sample]:
-        """Label until the time is over; a sample every so many seconds."""
+    def run(self, seconds: float, every: float, say: Callable[[Sample], object], pause: float = 0) -> list[Sample]:
+        """Label until the time is over, with pauses after each order; a sample every so many seconds."""
         samples = [self.sample()]
         while time.monotonic() - self.began < seconds:
             self.label()
+            time.sleep(pause)
             if time.monotonic() - self.began > samples[-1].seconds + every:
                 samples.append(self.sample())
                 say(samples[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -226,12 +225,7 @@ def trained(team: Team) -> dict[str, str]:
     return dict((team.project.store.read_json(team.project.key("model.json")) or {})["trained"])
 
 
-#: Steps in which a worker is killed: all in a long run (FIRSTROW_SOAK), else one that reads and one that writes.
-ALL_STEPS = ("start_round", "prepare", "plan_round", "train", "score", "publish")
-STEPS = ALL_STEPS if "FIRSTROW_SOAK" in os.environ else ("prepare", "publish")
-
-
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ["start_round", "prepare", "plan_round", "train", "score", "publish"])
 def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str) -> None:
     team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)

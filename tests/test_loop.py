@@ -19,6 +19,7 @@ from team import Team, stages
 
 from backend.annotator import prelabel, shown_prediction
 from backend.coarse_answers import COARSE_COPY, copy_of
+from backend.connection import credentials
 from backend.embedded import start_serve, start_worker
 from backend.generations import KEEP_ORDERS, clean_generations, expired
 from backend.labelstudio import LabelStudio
@@ -258,6 +259,7 @@ def test_a_person_without_our_order_is_told(
     backend = share_backend()
     studio = backend.context.studio
     project = int(studio.create_project("texts", '<View><Text name="t" value="$t"/></View>')["id"])
+    studio.connect_ml(**credentials(backend.context.settings, project), title="by Label Studio's own page")
     backend.context.board.request_round(project, "somebody connected it")
     board = backend.context.board
     until = time.monotonic() + 60
