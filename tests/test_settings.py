@@ -71,6 +71,21 @@ def test_every_setting_is_read() -> None:
     assert found.log_level == "DEBUG"
 
 
+def test_a_relative_store_lies_where_the_command_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {
+        "": tmp_path / "firstrow-store",
+        "./own": tmp_path / "own",
+        "~/own": Path.home() / "own",
+        "/own": Path("/own"),
+    }
+    found = {given: Settings.read({**KEY, "FIRSTROW_STORE": given}) for given in folders}
+    monkeypatch.chdir("/")
+    assert {given: Path(one.store) for given, one in found.items()} == folders
+    with pytest.raises(StoreError, match=f"no {SECRET_KEY} in the store {tmp_path}/firstrow-store"):
+        found[""].secret_value()
+
+
 def test_empty_means_default() -> None:
     assert Settings.read({**dict.fromkeys(GIVEN, ""), **KEY}) == Settings.read(KEY)
 
