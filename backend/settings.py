@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -140,6 +141,16 @@ class Settings(BaseSettings):
         if not HTTP.match(value):
             raise ValueError("must start with http:// or https:// and name a host")
         return value.rstrip("/")
+
+    @field_validator("url")
+    @classmethod
+    def _takes_events(cls, value: str) -> str:
+        host = urlsplit(value).hostname or ""
+        if host != "localhost" and not re.search(r"[.:]", host):
+            raise ValueError(
+                f"Label Studio sends events only to localhost, an IP address or a name with a dot, not to {host!r}"
+            )
+        return value
 
     @field_validator("redis_url")
     @classmethod

@@ -24,7 +24,7 @@ GIVEN = {
     "LABEL_STUDIO_API_KEY": "key",
     "REDIS_URL": "rediss://:pass@redis.example.com:6380/3",
     "LOG_LEVEL": "debug",
-    "FIRSTROW_URL": "http://firstrow:9090/",
+    "FIRSTROW_URL": "http://firstrow.internal:9090/",
     "FIRSTROW_PORT": "9091",
     "FIRSTROW_STORE": "memory://store",
     "FIRSTROW_CACHE": "~/pictures",
@@ -65,7 +65,7 @@ def test_every_setting_is_read() -> None:
     for name in Settings.model_fields:
         assert getattr(found, name) != getattr(default, name), name
     assert found.label_studio_url == "https://studio.example.com/label"
-    assert found.url == "http://firstrow:9090"
+    assert found.url == "http://firstrow.internal:9090"
     assert found.cache == Path.home() / "pictures"
     assert found.allowed_hosts == ("a.example.com", "b.example.com")
     assert found.log_level == "DEBUG"
