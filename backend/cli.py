@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 #: Seconds that `detach` waits for running jobs.
 STOP_SECONDS = 120
-EPILOG = (
-    "Settings come from the environment (LABEL_STUDIO_URL, LABEL_STUDIO_API_KEY, REDIS_URL, FIRSTROW_*); see README."
-)
+EPILOG = "Settings come from the environment (LABEL_STUDIO_URL, REDIS_URL, FIRSTROW_* and others): see docs/settings.md."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
