@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Seconds that `detach` waits for running jobs.
 STOP_SECONDS = 120
-EPILOG = "Settings come from the environment (LABEL_STUDIO_URL, REDIS_URL, FIRSTROW_* and others): see docs/settings.md."
+EPILOG = "Settings come from the environment (LABEL_STUDIO_*, REDIS_URL, FIRSTROW_*): see docs/settings.md."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
