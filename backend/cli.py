@@ -140,6 +140,7 @@ def _project(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(given: argparse.Namespace) -> int:
+    _say("Loading ...")  # takes ten seconds
     from backend import demo
 
     return demo.main(given.folder, given.data, given.rounds, not given.exit)
@@ -284,6 +285,7 @@ def _queues(text: str) -> str:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # somebody may read it through a pipe
 
 
 def _fail(text: str) -> int:
