@@ -20,7 +20,7 @@ from backend.enqueue import Board
 from backend.errors import BenchError
 from model import results
 from model.benchmark import SCALES, Curve, train_source
-from model.data import FolderError, ImageError
+from model.data import Folder, FolderError, ImageError
 from model.farms import Style
 from model.field import write_folder
 from model.network import PretrainedError, device
@@ -123,10 +123,33 @@ def check(order: Order) -> None:
     folders = [folder.resolve().name for folder in order.data]
     if len(set(folders)) < len(folders):
         raise BenchError(f"two of the data folders are called the same ({', '.join(folders)}): rename one")
+    check_folders(order.data)
+    check_folders(filter(None, [order.source]))
     if order.start == "scratch" and SCALES[order.scale].frozen and not order.source:
         raise BenchError(f"the scale {order.scale} trains no backbone, so it cannot start from scratch: use another")
     if any(n <= order.budget for n in order.tail):
         raise BenchError(f"the tail {order.tail} must lie beyond the budget {order.budget}")
+
+
+def check_folders(folders: Iterable[Path]) -> None:
+    """Refuse a folder that is not there, and folders of which none can be read; one that cannot costs its own curves.
+
+    Raises:
+        BenchError: what is wrong with each.
+    """
+    faults = {folder: unreadable(folder) for folder in folders}
+    if not all(folder.is_dir() for folder in faults) or (faults and all(faults.values())):
+        raise BenchError("; ".join(filter(None, faults.values())))
+
+
+def unreadable(folder: Path) -> str:
+    """Why a folder is no pixel-labelled one, empty where it looks like one; no picture is opened."""
+    try:
+        data = Folder(folder)
+        data.names("train"), data.names("test")
+    except FolderError as error:
+        return str(error)
+    return ""
 
 
 def plan(order: Order) -> Iterator[Curve]:

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 #: Seconds that `detach` waits for running jobs.
 STOP_SECONDS = 120
-EPILOG = (
-    "Settings come from the environment (LABEL_STUDIO_URL, LABEL_STUDIO_API_KEY, REDIS_URL, FIRSTROW_*); see README."
-)
+EPILOG = "Settings come from the environment (LABEL_STUDIO_*, REDIS_URL, FIRSTROW_*): see docs/settings.md."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,6 +140,7 @@ def _project(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(given: argparse.Namespace) -> int:
+    _say("Loading ...")  # takes ten seconds
     from backend import demo
 
     return demo.main(given.folder, given.data, given.rounds, not given.exit)
@@ -286,6 +285,7 @@ def _queues(text: str) -> str:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # somebody may read it through a pipe
 
 
 def _fail(text: str) -> int:

@@ -17,7 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     run = steps.add_parser("run", help="run what is missing in a folder of results")
     run.add_argument("--data", action="append", required=True, metavar="DIR", help="pixel-labelled; may be repeated")
     run.add_argument("--source", metavar="DIR", help="pixel-labelled folder to learn first")
-    run.add_argument("--strategies", type=_names, required=True, metavar="A,B", help="see README")
+    run.add_argument("--strategies", type=_names, required=True, metavar="A,B", help="see docs/strategies.md")
     run.add_argument("--budget", type=positive, default=20, help="labelled images (default: %(default)s)")
     run.add_argument("--tail", type=_counts, default=(), metavar="25,50,100", help="further numbers of labelled images")
     run.add_argument("--query-size", type=positive, default=1, help="picked at a time (default: %(default)s)")

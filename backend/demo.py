@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,7 +19,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from backend.annotator import Annotator, Work
@@ -48,6 +50,8 @@ SHOWN = 5
 FULL_SIZE = 1 << 16
 #: Seconds to wait for a round before giving up.
 PATIENCE = 1800
+#: Seconds between lines where no bar can be drawn, because nobody looks at a terminal.
+EVERY = 5.0
 #: Settings that let a round end within a minute on two CPU cores.
 QUICK = {"FIRSTROW_IMAGE_SIZE": "320", "FIRSTROW_TRAIN_STEPS": "60"}
 
@@ -95,8 +99,10 @@ def run(folder: Path, data: Path | None = None, rounds: int = 4, leave: bool = T
         demo = Demo(context, services, images)
         demo.play(rounds, folder)
         if leave:
+            console.print(f"[b]The project[/b]   {services.studio.url}/projects/{demo.id}/data")
             console.print("\nEverything keeps running. Open the address above; [b]Ctrl-C[/b] ends it.")
             signal.pause()
+    console.print(f"\nEverything is stopped. Logs and data are in {folder / 'run'}.", soft_wrap=True)
     return 0
 
 
@@ -123,16 +129,61 @@ def until_interrupted() -> Iterator[None]:
 @contextmanager
 def started(folder: Path) -> Iterator[Services]:
     """Redis, Label Studio, the web process and a worker."""
-    with console.status("Starting Redis, Label Studio, the web process and a worker ..."):
+    with doing("Starting Redis, Label Studio, the web process and a worker ..."):
         environment = {**QUICK, **{k: v for k, v in os.environ.items() if k.startswith("FIRSTROW_")}}
         manager = start_services(folder, environment)
         services = manager.__enter__()
     try:
         console.print(f"[b]Label Studio[/b]  {services.studio.url}")
         console.print(f"[b]Login[/b]         {services.studio.username}  /  {services.studio.password}")
+        console.print(f"[b]Settings[/b]      {settings_file(folder, services.environment)}", soft_wrap=True)
         yield services
     finally:
         manager.__exit__(None, None, None)
+
+
+def settings_file(folder: Path, environment: Mapping[str, str]) -> Path:
+    """Write settings for a shell, so that commands reach this demo; for our own user only: the key is in there."""
+    file = folder / "settings.sh"
+    file.touch(0o600)
+    file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()))
+    return file
+
+
+class Reminder:
+    """Lines at most every few seconds, where there is no terminal to draw a bar in."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print, unless that was just done."""
+        if not console.is_terminal and time.monotonic() - self.last >= EVERY:
+            console.print(text)
+            self.last = time.monotonic()
+
+
+@contextmanager
+def doing(text: str) -> Iterator[None]:
+    """Show what is being done: beside a spinner, or without a terminal at once and every few seconds."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    console.print(text)
+    began, ended = time.monotonic(), threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(EVERY):
+            console.print(f"  {time.monotonic() - began:.0f} s")
+
+    reminding = threading.Thread(target=remind, daemon=True)
+    reminding.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reminding.join()
 
 
 def label_config(classes: Classes) -> str:
@@ -148,7 +199,7 @@ def label_config(classes: Classes) -> str:
 def rendered(folder: Path) -> Folder:
     """A rendered field: the target whose masks the demo hides."""
     if not (folder / "dataset.json").is_file():
-        with console.status("Rendering a field ..."):
+        with doing("Rendering a field ..."):
             write_folder(folder, n_train=POOL, n_test=HELD_OUT, style="target", seed=1)
     return Folder(folder)
 
@@ -171,22 +222,22 @@ class Demo:
             self.segment(number)
         self.show_table()
         path = folder / "contact-sheet.png"
-        contact_sheet(self.context, self.project, self.head(), path)
+        with doing("Drawing a contact sheet ..."):
+            contact_sheet(self.context, self.project, self.head(), path)
         console.print(f"[b]Contact sheet[/b] {path}")
-        console.print(f"[b]The project[/b]   {self.services.studio.url}/projects/{self.id}/data")
 
     def create(self) -> None:
         """A project of pictures, as a team would have it."""
         classes = self.images.classes
         made = self.context.studio.create_project(f"First Row: {self.images.path.name}", label_config(classes))
         self.id = int(made["id"])
-        names = self.images.names("train")
+        names, ids, reminder = self.images.names("train"), list[int](), Reminder()
         with bar() as progress:
             task = progress.add_task("Uploading", total=len(names))
-            ids: list[int] = []
             for name in names:
                 ids += self.context.studio.upload(self.id, [self.images.file(name)])
                 progress.advance(task)
+                reminder.say(f"Uploading: {len(ids)} of {len(names)}")
         self.names = dict(zip(ids, names, strict=True))
 
     def attach(self) -> None:
@@ -195,8 +246,8 @@ class Demo:
             coarse.capitalize(): [self.images.classes.fine[c] for c in members]
             for coarse, members in zip(self.images.classes.coarse, self.images.classes.groups, strict=True)
         }
-        todo = plan(self.context.studio, self.id, self.context.settings, groups)
-        apply(todo)
+        with doing("Attaching the project ..."):
+            apply(plan(self.context.studio, self.id, self.context.settings, groups))
         self.context.board.request_round(self.id, "attached")
         self.project = Project(self.context.store, self.id)
         self.config: ProjectConfig = parse(self.context.studio.project(self.id)["label_config"], groups)
@@ -229,7 +280,8 @@ class Demo:
         """Mean IoU of the new label under the model before, and on held-out images under the model now."""
         curve = self.project.store.read_json(self.project.key("curve.json")) or []
         unseen = [row["miou"] for row in curve if row["task"] == work.task]
-        held_out = held_out_miou(self.context, self.project, self.config, self.images)
+        with doing("Measuring on held-out images ..."):
+            held_out = held_out_miou(self.context, self.project, self.config, self.images)
         labelled = self.context.board.state(self.id)["stages"]["full"]
         return Line(step, labelled, unseen[-1] if unseen else float("nan"), held_out, seconds)
 
@@ -239,7 +291,7 @@ class Demo:
 
     def wait(self, what: str, before: int) -> float:
         """Wait for an order newer than `before`; returns the seconds since the call."""
-        began, board = time.monotonic(), self.context.board
+        began, board, reminder = time.monotonic(), self.context.board, Reminder()
         with bar() as progress:
             task = progress.add_task(what, total=None)
             while self.round() <= before or board.busy(self.id):
@@ -248,7 +300,7 @@ class Demo:
                     raise JobError(f"{error['step']}: {error['message']}")
                 if time.monotonic() - began > PATIENCE:
                     raise JobError(f"{what}: no new order after {PATIENCE} s; see the worker's log")
-                show_jobs(progress, task, what, board.jobs(self.id))
+                reminder.say(show_jobs(progress, task, what, board.jobs(self.id)))
                 time.sleep(0.2)
             seconds = time.monotonic() - began
             progress.update(task, description=f"{what}: {seconds:.1f} s", total=1, completed=1)
@@ -324,12 +376,13 @@ def bar() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
 
 
-def show_jobs(progress: Progress, task: object, what: str, jobs: list[dict[str, object]]) -> None:
-    """Show the jobs of the round in one bar."""
+def show_jobs(progress: Progress, task: TaskID, what: str, jobs: list[dict[str, object]]) -> str:
+    """Show the jobs of the round in one bar; the same in words."""
     running = [job for job in jobs if job["status"] == "started"]
     ended = sum(job["status"] in ("finished", "failed") for job in jobs)
     step = ", ".join(f"{job['step']} {job['done']}/{job['total']}" for job in running) or "waiting"
-    progress.update(task, description=f"{what}: {step}", total=max(len(jobs), 1), completed=ended)  # type: ignore[arg-type]
+    progress.update(task, description=f"{what}: {step}", total=max(len(jobs), 1), completed=ended)
+    return f"{what}: {step}"
 
 
 def main(folder: str, data: str | None, rounds: int, leave: bool, say: Callable[[str], None] = console.print) -> int:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -79,7 +80,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
     url: str = Field("http://localhost:9090", alias="FIRSTROW_URL")
     port: int = Field(9090, alias="FIRSTROW_PORT", ge=1, le=65535)
-    store: str = Field("./firstrow-store", alias="FIRSTROW_STORE", min_length=1)
+    store: str = Field("./firstrow-store", alias="FIRSTROW_STORE", min_length=1, validate_default=True)
     cache: Path = Field(Path("~/.cache/firstrow"), alias="FIRSTROW_CACHE", validate_default=True)
     cache_gb: float = Field(2.0, alias="FIRSTROW_CACHE_GB", gt=0, allow_inf_nan=False)
     secret: SecretStr = Field(SecretStr(""), alias="FIRSTROW_SECRET")
@@ -127,11 +128,12 @@ class Settings(BaseSettings):
     @field_validator("store")
     @classmethod
     def _is_store(cls, value: str) -> str:
+        """A folder becomes absolute, so that messages name the one that is meant."""
         try:
-            Store(value)
+            store = Store(value)
         except StoreError as error:
             raise ValueError(str(error)) from error
-        return value
+        return store.root if store.local else value
 
     @field_validator("label_studio_url", "url")
     @classmethod
@@ -139,6 +141,16 @@ class Settings(BaseSettings):
         if not HTTP.match(value):
             raise ValueError("must start with http:// or https:// and name a host")
         return value.rstrip("/")
+
+    @field_validator("url")
+    @classmethod
+    def _takes_events(cls, value: str) -> str:
+        host = urlsplit(value).hostname or ""
+        if host != "localhost" and not re.search(r"[.:]", host):
+            raise ValueError(
+                f"Label Studio sends events only to localhost, an IP address or a name with a dot, not to {host!r}"
+            )
+        return value
 
     @field_validator("redis_url")
     @classmethod

@@ -38,7 +38,8 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         round in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
         `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the `tasks` by id:
         task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
-        None when all is well), `stopped` (by a detach), `missing` (what `attach` would still add).
+        None when all is well), `known` (attached, or connected by Label Studio's settings page), `stopped` (by a
+        detach), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -59,6 +60,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "head": (here.store.read_json(here.key("ranking.json")) or [])[:SHOWN],
         "unusable": unusable(index),
         "error": ctx.board.error(project),
+        "known": project in ctx.board.projects() or here.attached(),
         "stopped": ctx.board.stopped(project),
         "missing": missing(ctx, project),
     }
@@ -173,6 +175,8 @@ def _jobs(jobs: Iterable[Mapping[str, Any]]) -> list[list[object]]:
 
 
 def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
+    if not (found["known"] or found["stopped"]):
+        yield f"This project is not attached: run `firstrow attach --project {found['project']}`."
     if not found["workers"]:
         yield "No worker is running: start `firstrow worker`."
     if found["stopped"]:

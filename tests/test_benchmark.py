@@ -432,6 +432,21 @@ def test_a_curve_that_fails_is_named_and_the_others_are_kept(field: Path, tmp_pa
     assert keys(tmp_path / "out") == EXPECTED
 
 
+def test_folders_that_cannot_be_read_are_named_before_anything_runs(
+    field: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    gone, empty = tmp_path / "gone", tmp_path / "empty"
+    for wrong in ((gone,), (empty,), (field, gone)):
+        folders = [argument for folder in wrong for argument in ("--data", str(folder))]
+        command = ["bench", "run", *folders, "--strategies", "random", "--out", str(tmp_path / "out")]
+        assert cli.main(command) == 1
+        hint = "name a folder with dataset.json, images and masks"
+        assert capsys.readouterr().err == f"firstrow: {wrong[-1]} has no dataset.json: {hint}\n"
+    with pytest.raises(BenchError, match=r"^.*gone has no dataset\.json"):
+        bench.bench(orders(field, tmp_path / "out", source=gone), 1, None, quiet())
+
+
 def test_a_tail_and_a_larger_query_size_are_planned(field: Path, tmp_path: Path) -> None:
     (first, *_) = bench.plan(orders(field, tmp_path, budget=6, query_size=3, tail=(7, 8)))
     assert first.steps == (3, 6, 7, 8)

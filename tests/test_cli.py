@@ -116,6 +116,7 @@ def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
     assert [p["task"] for p in found["head"]] == [31, 32]
     assert [job["step"] for job in found["jobs"]] == ["start_round"]
     assert found["error"]["message"] == "no such weights: download them"
+    assert found["known"]
     assert found["missing"]  # Label Studio does not answer, so what is missing cannot be told
     console = Console(width=200, record=True, file=(Path(settings.store) / "shown").open("w"))
     with console.file:
@@ -129,3 +130,4 @@ def test_status_of_a_project_nobody_knows(environment: dict[str, str]) -> None:
     done = firstrow(environment, "status", "--project", "8")
     assert done.returncode == 0
     assert "no round yet" in done.stdout
+    assert "run `firstrow attach --project 8`" in " ".join(done.stdout.split())

@@ -17,7 +17,10 @@ import yaml
 from redis import Redis
 
 from backend.children import Child, child, inherited, wait
+from backend.connection import webhook_url
 from backend.embedded import LOOPBACK, free_port
+from backend.errors import LabelStudioError, SettingsError
+from backend.labelstudio import LabelStudio
 from backend.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -146,15 +149,28 @@ def test_services_find_each_other_and_keep_their_data(compose: dict[str, Any]) -
     services = compose["services"]
     environment = services["serve"]["environment"]
     for name in ("LABEL_STUDIO_URL", "REDIS_URL", "FIRSTROW_URL"):
-        host = re.match(r"\w+://([\w-]+):\d+$", environment[name])
+        host = re.match(r"\w+://([\w.-]+):\d+$", environment[name])
         assert host is not None
-        assert host[1] in services
+        assert host[1] in {*services, *services["serve"]["networks"]["default"]["aliases"]}
     for service in services.values():
         named = [volume.partition(":")[0] for volume in service["volumes"]]
         assert named
         assert set(named) <= compose["volumes"].keys()
     waits = services["worker"]["depends_on"]
     assert all("healthcheck" in services[name] for name in waits)
+
+
+def test_label_studio_accepts_our_address_as_that_of_a_webhook(
+    compose: dict[str, Any], label_studio: LabelStudio
+) -> None:
+    made = label_studio.create_project("addresses", (ROOT / "label_config.xml").read_text())
+    environment = compose["services"]["serve"]["environment"]
+    label_studio.create_webhook(made["id"], webhook_url(Settings.read(environment).url), {})
+    for refused in ("http://serve:9090", "http://firstrow"):
+        with pytest.raises(LabelStudioError, match="Enter a valid URL"):
+            label_studio.create_webhook(made["id"], webhook_url(refused), {})
+        with pytest.raises(SettingsError, match=r"FIRSTROW_URL: .*events only to"):
+            Settings.read({**environment, "FIRSTROW_URL": refused})
 
 
 @pytest.fixture

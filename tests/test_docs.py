@@ -1,4 +1,4 @@
-"""The README names all there is; files that people share hold nothing of one machine."""
+"""README and docs name all there is, and what is; files that people share hold nothing of one machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from backend import cli
-from backend.label_config import parse
+from backend.attach import OLDEST
+from backend.connection import FLAGS, TAB, keeper_address
+from backend.embedded import studio_environment
+from backend.label_config import COARSE_NAMES, DISTINCT, MASK_TAGS, MIXED_LABEL, parse
 from backend.labelstudio import LabelStudio
+from backend.rank import MOST, UNDECIDED
 from backend.settings import OTHERS, Settings
+from model.data import Folder
 from model.field import render
 from model.network import NETWORKS
 from model.results import read
@@ -27,15 +33,16 @@ from model.summary import summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {page.name: page.read_text() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[0].split()
 REQUIREMENT = re.compile(r"[a-z0-9][a-z0-9.\-]*==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
 
 
-def rows(first: str) -> dict[str, list[str]]:
-    """The rows of the README's table whose first column is so called, by each name in their first cell."""
-    lines = iter(README.splitlines())
+def rows(first: str, page: str = "README.md") -> dict[str, list[str]]:
+    """The rows of a page's table whose first column is so called, by each name in their first cell."""
+    lines = iter(PAGES[page].splitlines())
     next(line for line in lines if line.startswith(f"| {first} |"))
     next(lines)
     found: dict[str, list[str]] = {}
@@ -61,8 +68,8 @@ def committed() -> list[Path]:
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_every_setting_is_in_the_readme_with_its_default() -> None:
-    table = rows("variable")
+def test_every_setting_is_named_with_its_default() -> None:
+    table = rows("variable", "settings.md")
     assert table.keys() == {field.alias for field in Settings.model_fields.values()}
     for field in Settings.model_fields.values():
         cell, default = table[str(field.alias)][0], field.get_default()
@@ -73,8 +80,9 @@ def test_every_setting_is_in_the_readme_with_its_default() -> None:
             assert "`" not in cell, field.alias
 
 
-def test_variables_in_the_readme_exist() -> None:
-    named = set(re.findall(r"\b(?:FIRSTROW|LABEL_STUDIO)_[A-Z_]*[A-Z]", README))
+def test_variables_in_the_pages_exist() -> None:
+    pages = " ".join(PAGES.values())
+    named = set(re.findall(r"\b(?:FIRSTROW|LABEL_STUDIO)_[A-Z_]*[A-Z]", pages))
     asked = set(re.findall(r"\$\{(\w+)", (ROOT / "docker" / "compose.yaml").read_text()))
     assert named <= {field.alias for field in Settings.model_fields.values()} | OTHERS | asked
 
@@ -84,33 +92,83 @@ def test_every_command_is_in_the_readme() -> None:
     assert names == subcommands().keys()
 
 
-def test_commands_in_the_readme_are_understood() -> None:
-    examples = re.findall(r"^\s*\.venv/bin/firstrow (.*?)(?: &)?$", README, re.M)
-    assert len(examples) >= 4
-    for example in examples:
-        cli._parser().parse_args(example.split())
+def test_commands_in_the_pages_are_understood() -> None:
+    for page, least in (("README.md", 4), ("setup.md", 3), ("strategies.md", 3)):
+        examples = re.findall(r"^\s*(?:\.venv/bin/|.* exec serve )firstrow (.*?)(?: &)?$", PAGES[page], re.M)
+        assert len(examples) >= least, page
+        for example in examples:
+            cli._parser().parse_args(example.split())
+
+
+def test_what_is_typed_after_activation_is_there() -> None:
+    scripts = Path(sys.executable).parent
+    assert all((scripts / name).is_file() for name in ("activate", "firstrow", "python", "pytest"))
+
+
+def test_the_readme_tells_what_a_project_needs_and_what_attach_changes() -> None:
+    assert f"Label Studio {'.'.join(map(str, OLDEST))} or later" in README
+    assert all(tag in README for tag in MASK_TAGS)
+    [change] = [line for line in README.splitlines() if line.startswith("| attach |")]
+    for part in (*FLAGS.values(), *list(FLAGS)[1:], keeper_address(7), TAB, COARSE_NAMES[0]):
+        assert isinstance(part, bool) or str(part) in change, part
+    assert f"*Soil{DISTINCT}*" in README
+    parsed = parse(
+        '<View><Image name="i" value="$i"/><BrushLabels name="b" toName="i"><Label value="Crop"/></BrushLabels></View>'
+    )
+    assert all(f"*{name}*" in README for name in (*parsed.classes.coarse, MIXED_LABEL))
+
+
+def test_the_readme_tells_how_many_coarse_labels_are_asked_for() -> None:
+    default = Settings.model_fields["coarse_tasks"].default
+    assert default == 5
+    assert "asks for five, less those" in " ".join(README.split())
+    assert f"more than {UNDECIDED:.0%}".replace("%", " %") in " ".join(README.split())
+    assert f"{MOST * default} in all at most" in " ".join(README.split())
+
+
+def test_the_pages_tell_how_label_studio_is_started_in_docker() -> None:
+    release = (ROOT / "requirements" / "studio.in").read_text().strip().partition("==")[2]
+    assert f"tested: {release}" in README
+    setup = PAGES["setup.md"]
+    assert f"heartexlabs/label-studio:{release}\n" in setup
+    for name, value in studio_environment(ROOT).items():
+        if name in ("ML_BLOCK_LOCAL_IP", "SSRF_PROTECTION_ENABLED"):
+            assert f"-e {name}={value}" in setup
+            assert f"{name}={value}" in README
+
+
+def test_the_example_of_a_pixel_labelled_folder_is_one(tmp_path: Path) -> None:
+    [example] = re.findall(r"```json\n(.*?)```", PAGES["setup.md"], re.S)
+    (tmp_path / "dataset.json").write_text(example)
+    for kind, name, mode in (("images", "0001.jpg", "RGB"), ("masks", "0001.png", "L")):
+        (tmp_path / kind).mkdir()
+        Image.new(mode, (8, 6), 2 if mode == "L" else "green").save(tmp_path / kind / name)
+    folder = Folder(tmp_path)
+    assert folder.classes.coarse == ("background", "vegetation")
+    assert (folder.names("train"), folder.names("test")) == (["0001", "0002"], ["0003"])
+    assert folder.image("0001", 8).shape[:2] == folder.mask("0001", 8).shape
 
 
 def test_every_make_target_is_in_the_readme() -> None:
-    for target in set(TARGETS) - {"clean"}:
+    for target in TARGETS:
         assert f"make {target}" in README, target
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.M))
     assert named <= set(TARGETS)
 
 
-def test_every_strategy_is_in_the_readme() -> None:
-    assert rows("name").keys() == set(STRATEGIES)
+def test_every_strategy_is_named() -> None:
+    assert rows("name", "strategies.md").keys() == set(STRATEGIES)
 
 
-def test_every_network_is_in_the_readme() -> None:
-    section = README.partition("\nNetworks, ")[2].partition("Without internet")[0]
+def test_every_network_is_named() -> None:
+    section = PAGES["settings.md"].partition("\n## Networks")[2].partition("Without internet")[0]
     assert set(re.findall(r"`([^`]+)`", section)) == set(NETWORKS)
 
 
-def test_the_readme_says_how_the_api_key_of_compose_is_chosen() -> None:
+def test_the_pages_say_how_the_api_key_of_compose_is_chosen() -> None:
     compose = (ROOT / "docker" / "compose.yaml").read_text()
     chosen = "export LABEL_STUDIO_API_KEY=$(openssl rand -hex 20) LABEL_STUDIO_PASSWORD=..."
-    assert chosen in README
+    assert chosen in PAGES["setup.md"]
     assert chosen in compose
 
 
@@ -245,10 +303,22 @@ def test_the_readme_tells_the_benchmarks_areas() -> None:
             facts = sets[name]["strategies"][strategy]
             low, high = facts["auc_interval"]
             assert cell == f"{facts['auc']:.3f} [{low:.3f}, {high:.3f}]", (strategy, name)
+    behind = README.partition("**Behind.**")[2].partition("- **")[0]
+    for facts in (sets[name]["strategies"] for name in ("peanut", "field-target", "camvid")):
+        ahead = {name for name, one in facts.items() if one["auc"] > facts["first-row"]["auc"]}
+        assert [name for name in ahead if f"`{name}`" not in behind] == []
 
 
 def test_links_in_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "docs" / "strategies.md", BENCHMARK / "report.md"]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), BENCHMARK / "report.md"]:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for link, _, heading in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", text):
+            target = page.parent / link if link else page
+            assert link.startswith("http") or target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in anchors(target), f"{page.name}: {link}#{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """By what the headings of a page are linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}

@@ -206,7 +206,13 @@ def test_an_interrupted_demo_leaves_nothing_and_starts_clean(tmp_path: Path) -> 
     ]
     for number in (signal.SIGINT, signal.SIGTERM):
         with child(f"demo-{number}", command, tmp_path, {"OMP_NUM_THREADS": "1"}) as running:
-            prints(running, "Uploading", 300)
+            prints(running, "settings.sh", 300)
+            assert "Starting Redis, Label Studio" in running.log.read_text()  # said without a terminal, too
+            settings = tmp_path / "demo" / "run" / "settings.sh"
+            assert settings.stat().st_mode & 0o077 == 0
+            shell = ["sh", "-c", f". {settings}; echo $LABEL_STUDIO_URL"]
+            studio = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.strip()
+            assert requests.get(f"{studio}/health", timeout=10).ok
             with family(running.process) as everybody:
                 os.kill(running.process.pid, number)
                 running.process.wait(60)

@@ -24,7 +24,7 @@ GIVEN = {
     "LABEL_STUDIO_API_KEY": "key",
     "REDIS_URL": "rediss://:pass@redis.example.com:6380/3",
     "LOG_LEVEL": "debug",
-    "FIRSTROW_URL": "http://firstrow:9090/",
+    "FIRSTROW_URL": "http://firstrow.internal:9090/",
     "FIRSTROW_PORT": "9091",
     "FIRSTROW_STORE": "memory://store",
     "FIRSTROW_CACHE": "~/pictures",
@@ -65,10 +65,25 @@ def test_every_setting_is_read() -> None:
     for name in Settings.model_fields:
         assert getattr(found, name) != getattr(default, name), name
     assert found.label_studio_url == "https://studio.example.com/label"
-    assert found.url == "http://firstrow:9090"
+    assert found.url == "http://firstrow.internal:9090"
     assert found.cache == Path.home() / "pictures"
     assert found.allowed_hosts == ("a.example.com", "b.example.com")
     assert found.log_level == "DEBUG"
+
+
+def test_a_relative_store_lies_where_the_command_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {
+        "": tmp_path / "firstrow-store",
+        "./own": tmp_path / "own",
+        "~/own": Path.home() / "own",
+        "/own": Path("/own"),
+    }
+    found = {given: Settings.read({**KEY, "FIRSTROW_STORE": given}) for given in folders}
+    monkeypatch.chdir("/")
+    assert {given: Path(one.store) for given, one in found.items()} == folders
+    with pytest.raises(StoreError, match=f"no {SECRET_KEY} in the store {tmp_path}/firstrow-store"):
+        found[""].secret_value()
 
 
 def test_empty_means_default() -> None:
