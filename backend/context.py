@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from backend.enqueue import Board
 from backend.images import ImageCache
@@ -38,10 +39,10 @@ class Context:
         )
 
 
-def connect(settings: Settings) -> Context:
-    """Open the doors that `settings` names; nothing is contacted yet."""
+def connect(settings: Settings, **patience: Any) -> Context:
+    """Open the doors that `settings` names, with this `patience` with Label Studio; nothing is contacted yet."""
     key = settings.label_studio_api_key.get_secret_value()
-    studio = LabelStudio(settings.label_studio_url, key)
+    studio = LabelStudio(settings.label_studio_url, key, **patience)
     return Context(settings, Store(settings.store), Board(settings.redis_url), studio)
 
 

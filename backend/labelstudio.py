@@ -37,10 +37,11 @@ class LabelStudio:
     Args:
         url: where Label Studio is.
         key: personal access token or legacy token.
+        patience: `timeout` and `tries`, as `Transport` has them.
     """
 
-    def __init__(self, url: str, key: str) -> None:
-        self.http = Transport(url, key)
+    def __init__(self, url: str, key: str, **patience: Any) -> None:
+        self.http = Transport(url, key, **patience)
 
     @property
     def url(self) -> str:

@@ -35,13 +35,15 @@ class Credentials(AuthBase):
     Args:
         url: where Label Studio is, without a final slash.
         key: legacy token or personal access token; told apart by their form.
+        timeout: seconds to connect, and to wait for an answer.
+        tries: times that the request for a token may be repeated.
     """
 
-    def __init__(self, url: str, key: str) -> None:
-        self.url, self.key = url, key
+    def __init__(self, url: str, key: str, timeout: tuple[float, float], tries: int) -> None:
+        self.url, self.key, self.timeout = url, key, timeout
         self.renewable = key.count(".") == 2 and key.startswith("eyJ")
         self.access, self.renew_at = "", 0.0
-        self.session = patient("POST")  # asking for a token twice does no harm
+        self.session = patient("POST", tries=tries)  # asking for a token twice does no harm
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Set the header that Label Studio expects; never sent to another host."""
@@ -64,7 +66,7 @@ class Credentials(AuthBase):
         """
         path = "/api/token/refresh/"
         try:
-            answer = self.session.post(self.url + path, json={"refresh": self.key}, timeout=TIMEOUT)
+            answer = self.session.post(self.url + path, json={"refresh": self.key}, timeout=self.timeout)
         except requests.RequestException as error:
             raise unreachable(self.url, error) from error
         if not answer.ok:
@@ -102,10 +104,10 @@ class Patience(Retry):
         return None if seconds is None else min(float(seconds), LONGEST_WAIT)
 
 
-def patience(*methods: str) -> Patience:
+def patience(*methods: str, tries: int = TRIES) -> Patience:
     """For requests of these methods, which may be repeated."""
     return Patience(
-        total=TRIES,
+        total=tries,
         backoff_factor=0.3,
         status_forcelist=(500, 502, 503, 504),
         allowed_methods=methods,
@@ -113,11 +115,11 @@ def patience(*methods: str) -> Patience:
     )
 
 
-def patient(*methods: str) -> requests.Session:
+def patient(*methods: str, tries: int) -> requests.Session:
     """A session that repeats requests of these methods."""
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=patience(*methods)))
+        session.mount(scheme, HTTPAdapter(max_retries=patience(*methods, tries=tries)))
     return session
 
 
@@ -127,12 +129,14 @@ class Transport:
     Args:
         url: where Label Studio is.
         key: legacy token or personal access token.
+        timeout: seconds to connect, and to wait for an answer.
+        tries: times that a request which may be repeated is.
     """
 
-    def __init__(self, url: str, key: str) -> None:
-        self.url = url.rstrip("/")
-        self.credentials = Credentials(self.url, key)
-        self.session = patient("GET", "PATCH", "DELETE")
+    def __init__(self, url: str, key: str, timeout: tuple[float, float] = TIMEOUT, tries: int = TRIES) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.credentials = Credentials(self.url, key, timeout, tries)
+        self.session = patient("GET", "PATCH", "DELETE", tries=tries)
         # A file that cannot be had is tried again in a minute; until then it must not hold the others up.
         once = patience("GET").new(total=1, status_forcelist=(502, 503, 504))
         self.files = download.session(guarded=False, max_retries=once)
@@ -169,7 +173,7 @@ class Transport:
                 method,
                 self.url + path,
                 auth=self.credentials,
-                timeout=TIMEOUT,
+                timeout=self.timeout,
                 allow_redirects=False,
                 **more,
             )
@@ -214,7 +218,7 @@ class Transport:
                 ) from error
 
     def _open(self, path: str) -> requests.Response:
-        wait = (TIMEOUT[0], download.SLOWEST)
+        wait = (self.timeout[0], download.SLOWEST)
         how: dict[str, Any] = {"stream": True, "allow_redirects": False, "headers": download.HEADERS}
         try:
             return self.files.get(self.url + path, auth=self.credentials, timeout=wait, **how)

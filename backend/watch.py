@@ -1,8 +1,8 @@
-"""A thread of each worker that looks around every second, also while its worker is busy: nothing stays undone.
+"""Threads of each worker that look around every second, also while their worker is busy: nothing stays undone.
 
-It starts rounds whose pause is over or whose jobs were lost, has all projects compared with Label Studio when Redis has
-lost its memory, and looks at a few counters of each project: they tell of an event that was lost. Of several workers
-one looks at a time. Another thread has the worker known to Redis, however long Label Studio lets the first one wait.
+One starts rounds whose pause is over or whose jobs were lost, and has all projects compared with Label Studio when
+Redis has lost its memory. One looks at a few counters of each project: they tell of an event that was lost; it alone
+waits for Label Studio. One has the worker known to Redis. Of several workers one looks at a time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 from redis import RedisError
 
-from backend.context import Context
+from backend.context import Context, connect
 from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError, LabelStudioError
 from backend.labelstudio import Row
+from backend.settings import Settings
 from backend.sync import differs
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ TICK, RESCUE = 1.0, 5.0
 SOON, LATE = 3.0, 8.0
 #: ... but looking takes at most this share of Label Studio's time (and of ours), also of one that is down or slow.
 SHARE, LATEST = 0.05, 60.0
-
+#: Seconds to connect for it, and to wait for an answer; nothing is asked twice, there is another look soon.
+TIMEOUT = (5.0, 15.0)
 
 #: Key of the jobs that `return_lost` found missing at its last look.
 MISSING = "firstrow:missing"
@@ -60,56 +62,53 @@ class Watch:
     """Looks around until told to end.
 
     Args:
-        ctx: the doors; of this thread alone, for connections to Label Studio are not shared.
+        settings: of the worker.
         sign_in: has the worker known to Redis.
     """
 
-    def __init__(self, ctx: Context, sign_in: Callable[[], None]) -> None:
-        self.ctx, self.board, self.sign_in = ctx, ctx.board, sign_in
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self.signing = threading.Thread(target=self._sign_in, name="sign in", daemon=True)
-        self.rescue_at = 0.0
+    def __init__(self, settings: Settings, sign_in: Callable[[], None]) -> None:
+        self.ctx, self.sign_in = connect(settings, timeout=TIMEOUT, tries=0), sign_in
+        self.board, self.done = self.ctx.board, threading.Event()
+        duties = (self.look, self.look_at_counters, self._sign_in)
+        self.threads = [threading.Thread(target=self._run, args=(duty,), daemon=True) for duty in duties]
+        self.fresh, self.rescue_at = True, 0.0
 
     def start(self) -> None:
-        """Have every known project compared with Label Studio once, then look around in a thread."""
-        self.signing.start()
-        self.thread.start()
+        """Have every known project compared with Label Studio once, then look around in threads."""
+        for thread in self.threads:
+            thread.start()
 
     def end(self) -> None:
         """Stop looking."""
         self.done.set()
-        self.thread.join(5)
-        self.signing.join(5)
+        for thread in self.threads:
+            thread.join(5)
 
-    def _sign_in(self) -> None:
-        while not self.done.wait(TICK):
-            with suppress(RedisError):  # the next time may do better
-                self.sign_in()
-
-    def _run(self) -> None:
-        fresh = True
+    def _run(self, duty: Callable[[], None]) -> None:
         while not self.done.is_set():
             try:
-                if fresh:
-                    self.board.forgot()
-                    recover(self.ctx)
-                    fresh = False
-                self.look()
+                duty()
             except RedisError as error:
                 log.warning("Redis does not answer: %s", error)
             except Exception as error:  # whatever it is, the next look may do better
                 log.warning("looking around failed: %s: %s", type(error).__name__, error)
             self.done.wait(TICK)
 
+    def _sign_in(self) -> None:
+        with suppress(RedisError):  # the watch says so
+            self.sign_in()
+
     def look(self) -> None:
-        """Look at everything once."""
-        if self.board.forgot():
+        """Look at everything once, but for what Label Studio has to tell."""
+        if self.board.forgot() and not self.fresh:
             log.warning("Redis has lost its memory: all projects are compared with Label Studio")
+            self.fresh = True
+        if self.fresh:
             recover(self.ctx)
+            self.fresh = False
         if not self.board.turn("firstrow:watch", 0.9 * TICK):
             return
-        projects = [project for project in self.board.projects() if not self.board.stopped(project)]
+        projects = self._projects()
         for project in projects:
             self.board.retry_due(project)
         if time.monotonic() > self.rescue_at:
@@ -118,10 +117,16 @@ class Watch:
             for project in projects:
                 self.board.rescue(project)
             self.rescue_at = time.monotonic() + max(RESCUE, (time.monotonic() - began) / SHARE)
-        for project in projects:
-            if self.done.is_set():
-                return
-            self._count(project)
+
+    def look_at_counters(self) -> None:
+        """Look at the counters of all projects once."""
+        if self.board.turn("firstrow:count", 0.9 * TICK):
+            for project in self._projects():
+                if not self.done.is_set():
+                    self._count(project)
+
+    def _projects(self) -> list[int]:
+        return [project for project in self.board.projects() if not self.board.stopped(project)]
 
     def _count(self, project: int) -> None:
         """Look at a project's counters, if it is time to and nothing of it is under way."""

@@ -27,7 +27,6 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker_registration import REDIS_WORKER_KEYS, register
 
-from backend.context import connect
 from backend.enqueue import DEFAULT, GPU, Board
 from backend.errors import FirstRowError
 from backend.guard import ALLOWED, GuardedJob, Kinds, guarded
@@ -251,7 +250,7 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     """
     worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds, allowed)
     worker.take_up()
-    watch = Watch(connect(settings), worker.sign_in)
+    watch = Watch(settings, worker.sign_in)
     watch.start()
     log.info("worker %s: listens on %s", name, ", ".join(queues))
     try:

@@ -248,6 +248,18 @@ def test_a_token_is_asked_for_again(shaky: Transport) -> None:
     assert Shaky.asked == ["POST"] * 3
 
 
+@pytest.mark.parametrize("key", ["key", "eyJ.eyJ.x"])
+def test_who_cannot_wait_asks_once_and_not_for_long(key: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        door = Transport(f"http://127.0.0.1:{silent.getsockname()[1]}", key, timeout=(0.2, 0.2), tries=0)
+        with pytest.raises(LabelStudioError, match="does not answer"):
+            door.call("GET", "/x")
+        silent.settimeout(0)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def test_a_page_instead_of_json(door: LabelStudio) -> None:
     with pytest.raises(LabelStudioError, match="is LABEL_STUDIO_URL the address of Label Studio itself"):
         door.http.call("GET", "/user/login/")

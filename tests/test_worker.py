@@ -375,19 +375,30 @@ def test_reconcile_handed_to_a_dead_machine_is_put_back(board: Board) -> None:
     assert board.queue("default").job_ids == [bytes(lost).decode()]  # type: ignore[arg-type]
 
 
-def test_a_worker_signs_in_while_label_studio_lets_it_wait(board: Board, redis_url: str, tmp_path: Path) -> None:
+def test_a_silent_label_studio_holds_nothing_up_but_the_counting(board: Board, redis_url: str, tmp_path: Path) -> None:
     board.register(7)
     times: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         given = {"LABEL_STUDIO_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "LABEL_STUDIO_API_KEY": "0" * 40}
         ours = {"REDIS_URL": redis_url, "FIRSTROW_STORE": str(tmp_path / "store")}
-        watching = watch.Watch(connect(Settings.read({**given, **ours})), lambda: times.append(time.monotonic()))
+        settings = Settings.read({**given, **ours})
+        connect(settings).store.write_json("projects/7/config.json", {})
+        watching = watch.Watch(settings, lambda: times.append(time.monotonic()))
         watching.start()
         asked, _ = silent.accept()
         with asked:
+            silent.settimeout(0)
             before = len(times)
+            board.redis.set("firstrow:7:retry", time.time() - 1)
+            until(lambda: board.busy(7), 10)
+            board.redis.flushdb()
+            until(lambda: board.reconciling(7), 10)
             until(lambda: len(times) >= before + 3)
-            assert watching.thread.is_alive()
+            with pytest.raises(BlockingIOError):  # nobody asks while an answer is awaited
+                silent.accept()
+        until(lambda: board.redis.exists("firstrow:7:pause"))
+        with pytest.raises(BlockingIOError):  # ... nor again, when there is none
+            silent.accept()
     watching.end()
 
 
