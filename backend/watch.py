@@ -212,11 +212,16 @@ def count(ctx: Context, project: int) -> bool:
 
 
 def compare_config(ctx: Context, project: int) -> None:
-    """Ask for a round if the label config has changed and no event told us, and for another look at the counters."""
-    known = (ctx.store.read_json(ctx.project(project).key("config.json")) or {}).get("label_config")
-    if ctx.studio.label_config(project) != known and not ctx.board.busy(project):
+    """Ask for a round if the label config, or what becomes of skipped tasks, has changed and no event told us.
+
+    And for another look at the counters.
+    """
+    saved = ctx.store.read_json(ctx.project(project).key("config.json")) or {}
+    now = ctx.studio.some_settings(project, "label_config", "skip_queue")
+    known = now["label_config"] == saved.get("label_config") and now["skip_queue"] == saved.get("extra", {}).get("skips")
+    if not known and not ctx.board.busy(project):
         ctx.board.uncounted(project)
-        ctx.board.request_round(project, "label config changed, and no event told us")
+        ctx.board.request_round(project, "settings changed, and no event told us")
 
 
 def newest(ctx: Context, project: int) -> tuple[list[Row], Counters]:
