@@ -218,8 +218,8 @@ def compare_config(ctx: Context, project: int) -> None:
     """
     saved = ctx.store.read_json(ctx.project(project).key("config.json")) or {}
     now = ctx.studio.some_settings(project, "label_config", "skip_queue")
-    known = now["label_config"] == saved.get("label_config") and now["skip_queue"] == saved.get("extra", {}).get("skips")
-    if not known and not ctx.board.busy(project):
+    seen = (saved.get("label_config"), saved.get("extra", {}).get("skips"))
+    if (now["label_config"], now["skip_queue"]) != seen and not ctx.board.busy(project):
         ctx.board.uncounted(project)
         ctx.board.request_round(project, "settings changed, and no event told us")
 
