@@ -1,4 +1,4 @@
-"""Label for minutes or hours and watch what grows: `python -m tests.soak --minutes 60` prints a table, writes a CSV.
+"""Label for minutes or hours and watch what grows: `python -m tests.soak --minutes 60` prints a table, writes curves.
 
 The project stays as large as it is: for each task that is labelled the oldest labelled one goes, and its picture comes
 as a new one. So whatever grows, leaks.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cv2
 import psutil
+from matplotlib.figure import Figure
 
 from backend.annotator import Annotator
 from backend.attach import apply, plan
@@ -169,12 +170,27 @@ def growing(samples: Sequence[Sample]) -> list[str]:
     return faults
 
 
+def draw(samples: Sequence[Sample], file: Path) -> None:
+    """Draw a curve of each thing that must not grow, each from 0."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots(2, 4, sharex=True).flat
+    minutes = [sample.seconds / 60 for sample in samples]
+    for axis, name in zip(axes, ["orders", *MAY_GROW], strict=True):
+        values = [getattr(sample, name) for sample in samples]
+        axis.plot(minutes, values)
+        axis.set_title(name.replace("_mb", ", MB").replace("_", " "), fontsize=9)
+        axis.set_ylim(0, 1.15 * max(values))
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("minutes", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start everything, label, and say what grew."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=15, help="seconds between samples (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("soak.csv"))
+    parser.add_argument("--out", type=Path, default=Path("soak.csv"), help="beside it goes a picture")
     given = parser.parse_args(arguments)
     names = list(Sample.__dataclass_fields__)
 
@@ -186,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = connect(Settings.read(services.environment))
         sys.stdout.write("  ".join(f"{name:>11}" for name in names) + "\n")
         samples = Soak(context, Path(folder)).run(60 * given.minutes, given.every, show)
+    draw(samples, given.out.with_suffix(".png"))
     with given.out.open("w", newline="") as out:
         writer = csv.DictWriter(out, names)
         writer.writeheader()
