@@ -299,12 +299,11 @@ def test_answers_pass_page_by_page(studio: Studio, tmp_path: Path) -> None:
     assert export_answers(door, project, settings, {}, {}, file) == 2
     assert len(json.loads(file.read_text())) == 2
     file.unlink()
-    here = look(door, project, settings)
-    [step] = undo_answers(here, "file", file, ask=False)
+    [step] = undo_answers(look(door, project, settings), "file", file, ask=False)
     assert step.text.startswith(f"Save 2 coarse labels to {file}")
     assert list(step.run()) == [f"  {PAGE} of {count} tasks"]
     assert len(json.loads(file.read_text())) == 2
-    assert list(undo_answers(here, "file", file, ask=False)) == []
+    assert list(undo_answers(look(door, project, settings), "file", file, ask=False)) == []
     assert 1 < door.most <= PAGE
 
 
