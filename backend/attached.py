@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from backend.coarse_answers import COARSE_COPY
 from backend.connection import keeper_account, note_of, our_backend
@@ -17,8 +17,9 @@ from backend.settings import Settings
 PAGE = 20
 
 Run = Callable[[], Iterable[str]]
-#: What the store keeps of answers that were set aside: `task` and `annotation` as it was given.
-Kept = Iterable[Mapping[str, Any]]
+#: What the store keeps of answers that were set aside, by annotation: `task` and `annotation` as it was given.
+Kept = Mapping[int, Mapping[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Attached:
         keeper: who has the annotations that are set aside: that account, or the key's own user where there is none; 0
             if nobody knows.
         config: what the label config means; None if it cannot be used.
-        kept: annotations that were ever set aside, as they were given, by id: as far as the store has them.
-        answers: tasks with annotations that may be coarse answers, each with its annotations and predictions.
+        kept: what the store has of answers that were ever set aside.
+        answers: ids of the tasks that may have coarse answers; they are read page by page, for all may be too large.
         unreadable: tasks that Label Studio cannot show; grows as more are found.
     """
 
@@ -56,8 +57,8 @@ class Attached:
     account: int
     keeper: int
     config: ProjectConfig | None
-    kept: Mapping[int, Row]
-    answers: list[Row] = field(default_factory=list)
+    kept: Kept
+    answers: Sequence[int] = ()
     unreadable: set[int] = field(default_factory=set)
 
     @property
@@ -65,13 +66,17 @@ class Attached:
         """What the project was like before us."""
         return dict(self.note.get("before") or {})
 
+    def given(self, annotation: int) -> Row:
+        """An answer that was ever set aside as it was given; empty where the store has none."""
+        return dict(self.kept.get(annotation, {}).get("annotation", {}))
+
 
 def look(
     studio: LabelStudio,
     project: int,
     settings: Settings,
     note: Mapping[str, Any] | None = None,
-    kept: Kept = (),
+    kept: Kept | None = None,
     every: bool = False,
 ) -> Attached:
     """Read what there is of us in a project.
@@ -82,15 +87,15 @@ def look(
         settings: our address.
         note: what the store remembers of our note, for what Label Studio has no longer.
         kept: what the store has of answers that were set aside.
-        every: whether to read all tasks with an annotation, also skipped ones.
+        every: whether to look at all tasks with an annotation, also skipped ones.
     """
     ours = our_backend(studio, project, settings)
     written = {**(note or {}), **note_of(ours)}
     account = keeper_account(studio, project)
-    old = {int(row["annotation"]["id"]): dict(row["annotation"]) for row in kept}
     keeper = int(written.get("keeper") or account)
-    here = Attached(studio, settings, project, ours, written, account, keeper, config_of(studio, project, written), old)
-    return replace(here, answers=list(readable(here, sorted(tasks_to_read(here, every)))))
+    config = config_of(studio, project, written)
+    here = Attached(studio, settings, project, ours, written, account, keeper, config, kept or {})
+    return replace(here, answers=sorted(tasks_to_read(here, every)))
 
 
 def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> ProjectConfig | None:
@@ -106,10 +111,15 @@ def tasks_to_read(here: Attached, every: bool) -> set[int]:
     rows = list(here.studio.tasks(here.id))
     found = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
     skipped = {int(row["id"]) for row in rows if row.get("cancelled_annotations")}
-    found |= skipped if every else skipped & {int(row.get("task") or 0) for row in here.kept.values()}
+    found |= skipped if every else skipped & tasks_of(here.kept)
     if every or (here.config is not None and here.config.coarse is not None):
         found |= {int(row["id"]) for row in rows if row.get("total_annotations")}
     return found
+
+
+def tasks_of(kept: Kept) -> set[int]:
+    """Tasks of answers that were ever set aside."""
+    return {int(row["task"]) for annotation in kept if (row := kept.get(annotation))}
 
 
 def tasks_of_keeper(here: Attached) -> set[int]:
@@ -133,9 +143,9 @@ def does(change: Callable[..., object], *args: object) -> Run:
     return run
 
 
-def one_by_one(tasks: Sequence[Row], change: Callable[[Row], Iterable[str]]) -> Iterator[str]:
-    """Change one task after another; gives what there is to say of one, and how far it is."""
+def one_by_one(tasks: Iterable[T], total: int, change: Callable[[T], Iterable[str]]) -> Iterator[str]:
+    """Change one of `total` tasks after another; gives what there is to say of one, and how far it is."""
     for number, task in enumerate(tasks, 1):
         yield from change(task)
         if number % PAGE == 0:
-            yield f"  {number} of {len(tasks)} tasks"
+            yield f"  {number} of {total} tasks"

@@ -180,13 +180,13 @@ def _run_detach(given: argparse.Namespace) -> None:
 
     ctx = _connect(settings)
     project = ctx.project(given.project)
-    known: dict[str, Any] = {"note": project.extra(), "kept": list(project.coarse_answers())}
+    known: dict[str, Any] = {"note": project.extra(), "kept": project.coarse_answers()}
     wanted = (ctx.studio, given.project, ctx.settings, given.coarse, given.file)
     _say(f"Looking at project {given.project} ...")
-    steps = plan_detach(*wanted, **known, ask=given.dry_run)  # refused before we stop
+    planned = [step.text for step in plan_detach(*wanted, **known, ask=given.dry_run)]  # refused before we stop
     if given.dry_run:
-        for step in steps:
-            _say(step.text)
+        for sentence in planned:
+            _say(sentence)
         return
     _say("Stop the jobs of this project.")
     if not ctx.board.stop(given.project, STOP_SECONDS):

@@ -27,7 +27,7 @@ def detach(
     coarse: Choice | None = "keep",
     file: Path | None = None,
     note: Mapping[str, Any] | None = None,
-    kept: Kept = (),
+    kept: Kept | None = None,
 ) -> Iterator[str]:
     """Undo `attach`; safe to repeat, also after it died half-way.
 
@@ -63,7 +63,7 @@ def plan_detach(
     coarse: Choice | None = "keep",
     file: Path | None = None,
     note: Mapping[str, Any] | None = None,
-    kept: Kept = (),
+    kept: Kept | None = None,
     ask: bool = False,
 ) -> list[Undo]:
     """What `detach` would do; changes nothing. Arguments and errors as there.

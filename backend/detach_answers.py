@@ -6,14 +6,15 @@ as earlier releases left it. No copy is deleted while our account has its annota
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from backend.answers_file import OURS, saved_before, write_answers
-from backend.attached import Attached, Undo, one_by_one, readable, tasks_of_keeper
+from backend.answers_file import OURS, name_of, saved_before, write_answers
+from backend.attached import PAGE, Attached, Undo, one_by_one, readable, tasks_of_keeper
 from backend.coarse_answers import (
     COARSE_COPY,
     active,
@@ -34,6 +35,25 @@ from backend.labelstudio import Row
 Choice = Literal["keep", "file"]
 
 
+@dataclass
+class Found:
+    """What there is of coarse answers in a project.
+
+    Attributes:
+        count: how many there are.
+        aside: how many tasks have one that is set aside, or a copy.
+        names: what tells each from others.
+        changed: how many were changed after they were set aside.
+        staying: how many stay for another reason when the others go to a file.
+    """
+
+    count: int = 0
+    aside: int = 0
+    names: set[int | str] = field(default_factory=set)
+    changed: int = 0
+    staying: int = 0
+
+
 def undo_answers(here: Attached, coarse: Choice | None, file: Path | None, ask: bool) -> Iterator[Undo]:
     """Coarse labels become annotations again, or go to a file.
 
@@ -46,7 +66,8 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None, ask: 
     Raises:
         AttachRefused: nobody has said what becomes of them, or no file was named.
     """
-    count = sum(len(answers_of(here, task)) for task in here.answers)
+    found = find_answers(here)
+    count = found.count
     if not count:
         return
     if coarse is None or (coarse == "file" and file is None):
@@ -59,38 +80,47 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None, ask: 
             raise AttachRefused(text)
         yield Undo(f"Here you must choose: {text}.", list)
     elif coarse == "file" and file is not None:
-        yield from plan_file(here, file)
+        yield from plan_file(here, found, file)
     else:
-        yield from plan_keep(here, count)
+        yield plan_keep(here, found)
 
 
-def plan_keep(here: Attached, count: int) -> Iterator[Undo]:
+def find_answers(here: Attached) -> Found:
+    """Look once through the tasks that may have coarse answers."""
+    found = Found()
+    for task, drafts in with_drafts(here):
+        answers = answers_of(here, task)
+        found.count += len(answers)
+        found.aside += bool(copies_of(task) or set_aside(here, task))
+        found.names |= set(map(name_of, answers))
+        for _, _, reason in staying(here, task, drafts):
+            found.changed += reason == CHANGED
+            found.staying += reason != CHANGED
+    return found
+
+
+def plan_keep(here: Attached, found: Found) -> Undo:
     """Coarse labels stay annotations, or become ones again."""
-    aside = sum(bool(copies_of(task) or set_aside(here, task)) for task in here.answers)
-    if not aside:
-        yield Undo(f"Leave {count} coarse labels where they are, as annotations.", list)
-        return
-    yield Undo(
-        f"Give the coarse labels of {aside} tasks back to their authors, as annotations with their ids, regions, lead "
-        "and creation times. Their `updated_at` and `updated_by` change, and that they began from a prelabel of ours "
-        "(`parent_prediction`) may be forgotten; what earlier releases had deleted gets new ids and times.",
-        lambda: one_by_one(here.answers, partial(answers_back, here)),
+    if not found.aside:
+        return Undo(f"Leave {found.count} coarse labels where they are, as annotations.", list)
+    return Undo(
+        f"Give the coarse labels of {found.aside} tasks back to their authors, as annotations with their ids, regions, "
+        "lead and creation times. Their `updated_at` and `updated_by` change, and that they began from a prelabel of "
+        "ours (`parent_prediction`) may be forgotten; what earlier releases had deleted gets new ids and times.",
+        lambda: one_by_one(readable(here, here.answers), len(here.answers), partial(answers_back, here)),
     )
 
 
-def plan_file(here: Attached, file: Path) -> Iterator[Undo]:
+def plan_file(here: Attached, found: Found, file: Path) -> Iterator[Undo]:
     """Coarse labels go to a file, but for those that must stay."""
-    saved_before(answer_rows(here), file)  # refused before anything is changed
-    drafts = all_drafts(here)
-    stay = [reason for task in here.answers for _, _, reason in staying(here, task, drafts.get(task["id"], set()))]
-    changed = sum(reason == CHANGED for reason in stay)
-    if changed:
+    for _ in saved_before(found.names, file):  # refused before anything is changed
+        pass
+    if changed := found.changed:
         text = f"Give {changed} coarse labels that were changed after they were set aside back to their authors first."
         yield Undo(text, list)
-    if len(stay) > changed:
-        count = len(stay) - changed
-        yield Undo(f"Leave {count} coarse labels as annotations: they have a draft or a comment.", list)
-    count = sum(len(row["annotations"]) for row in answer_rows(here, drafts))
+    if found.staying:
+        yield Undo(f"Leave {found.staying} coarse labels as annotations: they have a draft or a comment.", list)
+    count = found.count - found.changed - found.staying
     text = f"Save {count} coarse labels to {file}, then delete them; their tasks are free again."
     text = text if count else "No other coarse labels are left to save."
     yield Undo(text, lambda: answers_to_file(here, file))
@@ -116,9 +146,8 @@ def regions_of(annotation: Row) -> list[Row]:
 def set_aside(here: Attached, task: Row) -> list[tuple[Row, Row]]:
     """Annotations of a task that are set aside, each with what it was as given; empty where nobody knows."""
     copied = {int(row["id"]): row for row in map(original_of, copies_of(task)) if "id" in row}
-    known = {**here.kept, **copied}
     return [
-        (row, known.get(row["id"], {}))
+        (row, copied.get(row["id"]) or here.given(row["id"]))
         for row in task.get("annotations") or []
         if is_aside(here, row, row["id"] in copied)
     ]
@@ -129,8 +158,9 @@ def is_aside(here: Attached, annotation: Row, copied: bool) -> bool:
 
     Where accounts may not be made the keeper is the key's own user, whose other annotations and skips are theirs.
     """
-    by, kept = author(annotation), annotation["id"] in here.kept and bool(annotation.get("was_cancelled"))
-    return by in (None, here.keeper, here.account) and (by == here.account or copied or kept)
+    by, skipped = author(annotation), bool(annotation.get("was_cancelled"))
+    nobody = by in (None, here.keeper, here.account)
+    return nobody and (by == here.account or copied or (skipped and annotation["id"] in here.kept))
 
 
 def orphans(task: Row) -> list[Row]:
@@ -228,10 +258,11 @@ def still_aside(here: Attached) -> set[int]:
 CHANGED = "changed after it was set aside"
 
 
-def all_drafts(here: Attached) -> dict[int, set[int]]:
-    """Annotations that drafts hang on, by task."""
-    tasks = {int(task["id"]) for task in here.answers} & here.studio.tasks_with_draft(here.id)
-    return {task: here.studio.drafted(task) for task in tasks}
+def with_drafts(here: Attached) -> Iterator[tuple[Row, set[int]]]:
+    """The tasks that may have coarse answers, each with the ids of its annotations that drafts hang on."""
+    drafted = here.studio.tasks_with_draft(here.id)
+    for task in readable(here, here.answers):
+        yield task, here.studio.drafted(task["id"]) if task["id"] in drafted else set()
 
 
 def staying(here: Attached, task: Row, drafts: set[int]) -> Iterator[tuple[Row, Row, str]]:
@@ -248,28 +279,40 @@ def staying(here: Attached, task: Row, drafts: set[int]) -> Iterator[tuple[Row, 
                 yield row, original, CHANGED
 
 
-def answer_rows(here: Attached, drafts: Mapping[int, set[int]] | None = None) -> list[dict[str, Any]]:
-    """All coarse answers as Label Studio's own JSON export would have them; without those that stay if `drafts`."""
-    rows = []
-    for task in here.answers:
-        hung = (drafts or {}).get(task["id"], set())
-        stay = set() if drafts is None else {row["id"] for row, _, _ in staying(here, task, hung)}
-        answers = [row for row in answers_of(here, task) if row.get("id") not in stay]
-        if answers:
-            rows.append({"id": task["id"], "data": task["data"], "meta": OURS, "annotations": answers})
-    return rows
+def rows_to_save(here: Attached, tasks: list[int], file: Path) -> Iterator[dict[str, Any]]:
+    """Tasks with the coarse answers that do not stay, as Label Studio's own JSON export would have them.
+
+    What the file already holds of others follows.
+
+    Args:
+        here: the project.
+        tasks: gets the ids of the tasks that are saved now.
+        file: where they go.
+    """
+    names: set[int | str] = set()
+    for task, drafts in with_drafts(here):
+        stay = {row["id"] for row, _, _ in staying(here, task, drafts)}
+        if answers := [row for row in answers_of(here, task) if row.get("id") not in stay]:
+            names |= set(map(name_of, answers))
+            tasks.append(task["id"])
+            yield {"id": task["id"], "data": task["data"], "meta": OURS, "annotations": answers}
+    yield from saved_before(names, file)
 
 
 def answers_to_file(here: Attached, file: Path) -> Iterator[str]:
     """Give back what must stay, save all others, look whether they are there, then delete those one by one."""
-    drafts = all_drafts(here)
-    yield from one_by_one(here.answers, lambda task: give_staying(here, task, drafts.get(task["id"], set())))
-    here = replace(here, answers=list(readable(here, [task["id"] for task in here.answers])))
-    rows = answer_rows(here, all_drafts(here))
-    write_answers([*rows, *saved_before(rows, file)], file)
-    saved = {row["id"]: row["annotations"] for row in rows}
-    tasks = [task for task in here.answers if task["id"] in saved]
-    yield from one_by_one(tasks, lambda task: delete_answers(here, task, saved[task["id"]]))
+    yield from one_by_one(with_drafts(here), len(here.answers), lambda pair: give_staying(here, *pair))
+    tasks: list[int] = []
+    write_answers(rows_to_save(here, tasks, file), file)
+    yield from one_by_one(saved_in(here, tasks, file), len(tasks), lambda pair: delete_answers(here, *pair))
+
+
+def saved_in(here: Attached, tasks: Sequence[int], file: Path) -> Iterator[tuple[Row, list[Row]]]:
+    """The first tasks in the file as they are now, each with the answers that the file holds."""
+    rows = zip(tasks, saved_before((), file), strict=False)
+    while page := {task: row["annotations"] for task, row in islice(rows, PAGE)}:
+        for task in readable(here, page):
+            yield task, page[task["id"]]
 
 
 def give_staying(here: Attached, task: Row, drafts: set[int]) -> Iterator[str]:
@@ -295,8 +338,8 @@ def delete_answers(here: Attached, task: Row, saved: list[Row]) -> Iterator[str]
             yield f"Task {task['id']}: annotation {number} was changed meanwhile and stays; detach once more."
             if number in aside and back(here, *aside[number]):
                 stuck.add(number)
-    still = {number for number in aside if number not in {answer.get("id") for answer in saved}}
-    delete_copies(here, task, stuck | still)
+    copied: set[Any] = {original_of(copy).get("id") for copy in copies_of(task)}
+    delete_copies(here, task, stuck | copied - {answer.get("id") for answer in saved})
 
 
 def delete_if_same(here: Attached, annotation: int, content: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from backend.answers_file import write_answers
-from backend.attached import Attached, Kept, look
+from backend.attached import Attached, Kept, look, readable
 from backend.coarse_answers import is_cluster, is_vote, original_of
 from backend.detach_answers import as_given, orphans, regions_of, set_aside
 from backend.errors import AttachRefused
@@ -34,20 +34,31 @@ def export_answers(
     Raises:
         AttachRefused: the file cannot be written; or it is, without tasks that Label Studio cannot show.
     """
-    kept = list(kept)
-    here = look(studio, project, settings, note, kept, every=True)
-    rows = [{"id": task["id"], "data": task["data"], "annotations": coarse_of(here, task)} for task in here.answers]
-    rows = [row for row in rows if row["annotations"]]
-    known = {answer.get("id") for row in rows for answer in row["annotations"]}
-    rows += [
-        {"id": old["task"], "annotations": [old["annotation"]]} for old in kept if old["annotation"]["id"] not in known
-    ]
-    write_answers(rows, file)
-    count = sum(len(row["annotations"]) for row in rows)
+    here, count = look(studio, project, settings, note, kept, every=True), 0
+
+    def counted() -> Iterator[Row]:
+        nonlocal count
+        for row in all_rows(here):
+            count += len(row["annotations"])
+            yield row
+
+    write_answers(counted(), file)
     if here.unreadable:
         tasks = ", ".join(map(str, sorted(here.unreadable)))
         raise AttachRefused(f"{count} coarse labels are in {file}, but Label Studio cannot show task {tasks}")
     return count
+
+
+def all_rows(here: Attached) -> Iterator[Row]:
+    """Tasks with their coarse answers; after them what the store alone has."""
+    known = set()
+    for task in readable(here, here.answers):
+        if answers := coarse_of(here, task):
+            known |= {answer.get("id") for answer in answers}
+            yield {"id": task["id"], "data": task["data"], "annotations": answers}
+    for number in here.kept:
+        if number not in known and (old := here.kept.get(number)):
+            yield {"id": old["task"], "annotations": [old["annotation"]]}
 
 
 def coarse_of(here: Attached, task: Row) -> list[Row]:

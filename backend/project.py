@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -181,11 +182,9 @@ class Project:
         """Where the whole of a coarse answer that was set aside lies."""
         return self.key("coarse-answers", f"{annotation}.json")
 
-    def coarse_answers(self) -> Iterator[dict[str, Any]]:
-        """What the store keeps of coarse answers that were set aside: `task` and `annotation`."""
-        for key in self.store.list(self.key("coarse-answers")):
-            if (row := self.store.read_json(key)) is not None:
-                yield row
+    def coarse_answers(self) -> CoarseAnswers:
+        """What the store keeps of coarse answers that were set aside."""
+        return CoarseAnswers(self)
 
     def label_key(self, task: int) -> str:
         """Where the annotation mask (fine classes) of a task lies."""
@@ -268,6 +267,31 @@ class Project:
         saved = self.store.read_json(self.key("votes.json")) or {}
         number = {name: value for value, name in enumerate(config.classes.coarse)} | {MIXED: MIXED}
         return np.array([number.get(row, UNKNOWN) for row in saved.get("clusters", [None] * DEFAULT_K)], np.uint8)
+
+
+class CoarseAnswers(Mapping[int, dict[str, Any]]):
+    """What the store keeps of coarse answers that were set aside, by annotation: `task` and `annotation`.
+
+    Each is read when it is asked for: all of them may not fit into memory. One that is damaged is then missing.
+    """
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        names = [Path(key).stem for key in project.store.list(project.key("coarse-answers"))]
+        self.ids = frozenset(int(name) for name in names if name.isdigit())
+
+    def __getitem__(self, annotation: int) -> dict[str, Any]:
+        key = self.project.coarse_answer_key(annotation)
+        row = self.project.store.read_json(key) if annotation in self.ids else None
+        if row is None:
+            raise KeyError(annotation)
+        return dict(row)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def pool(index: Index) -> list[TaskRecord]:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Store:
         """Replace what lies under a key."""
         with self._door("write", key) as path:
             if self.local:
-                write_file(Path(path), data, os.replace)
+                write_file(Path(path), [data], os.replace)
             else:
                 self.files.pipe_file(path, data)
 
@@ -89,7 +89,7 @@ class Store:
         """
         with self._door("write", key) as path, suppress(FileExistsError):
             if self.local:
-                write_file(Path(path), data, os.link, mode=0o600)
+                write_file(Path(path), [data], os.link, mode=0o600)
             else:
                 self.files.pipe_file(path, data, mode="create")
             return True
@@ -199,13 +199,13 @@ class Store:
             raise StoreError(f"the store {self.url} cannot {verb} {key}: {error}") from error
 
 
-def write_file(path: Path, data: bytes, place: Callable[[str, Path], None], mode: int = 0o644) -> None:
-    """Write beside the path, then `place` the complete file there; both are on the disk when this returns."""
+def write_file(path: Path, data: Iterable[bytes], place: Callable[[str, Path], None], mode: int = 0o644) -> None:
+    """Write pieces beside the path, then `place` the complete file there; both are on the disk when this returns."""
     _make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=PART)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())

@@ -6,25 +6,32 @@ import json
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 from conftest import Backend
 from numpy.typing import NDArray
-from team import Team, cannot_be_shown
+from team import GROUPS, SEG, Team, cannot_be_shown
 from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read
 
 from backend.annotator import prelabel, shown_prediction, started_from
-from backend.answers_file import OURS, write_answers
+from backend.answers_file import CHUNK, OURS, saved_before, write_answers
+from backend.attached import PAGE, look
 from backend.cli import main
 from backend.coarse_answers import COARSE_COPY, copies_of, copy_of, digest
 from backend.connection import keeper_account, keeper_address
+from backend.detach_answers import undo_answers
+from backend.embedded import Studio, backend_settings
 from backend.errors import AttachRefused
+from backend.export_coarse import export_answers
+from backend.label_config import parse, with_coarse
 from backend.labelstudio import LabelStudio
 from backend.publish import reopen
+from backend.settings import Settings
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
@@ -239,6 +246,68 @@ def test_file_of_answers_survives_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_file_of_answers_is_read_answer_by_answer(tmp_path: Path, indent: int | None) -> None:
+    file, odd = tmp_path / "c.json", {"id": 1, "result": [2**70, "half a character \ud83d", "]},[{"]}
+    answers = [odd, {"id": 2, "result": list(range(CHUNK // 4))}, {"id": 3, "result": []}]
+    rows = [{"id": row["id"], "meta": OURS, "annotations": [row]} for row in answers]
+    file.write_text(json.dumps(rows, indent=indent))
+    assert list(saved_before((), file)) == rows
+    assert list(saved_before({1, 3}, file)) == rows[1:2]
+    write_answers(saved_before({3}, file), file)
+    assert list(saved_before((), file)) == json.loads(file.read_text()) == rows[:2]
+    whole = file.read_text()
+    for damaged in ("", "{}", "[7]", "[" * 100_000, whole[:-3], whole[:CHUNK], whole.replace("coarse labels", "mine")):
+        file.write_text(damaged)
+        with pytest.raises(AttachRefused, match="holds no coarse labels of ours"):
+            list(saved_before((), file))
+    write_answers([], file)
+    assert list(saved_before((), file)) == json.loads(file.read_text()) == []
+
+
+class Alive(dict[str, Any]):
+    """A task of which can be told whether it is alive."""
+
+
+class Watched(LabelStudio):
+    """Label Studio, and how many of the tasks that it gave were alive at most."""
+
+    most = 0
+
+    def full_tasks(self, project: int, tasks: Iterable[int], unshown: set[int] | None = None) -> Iterator[Row]:
+        """The tasks, one after another."""
+        given: list[ref[Alive]] = []
+        for row in super().full_tasks(project, tasks, unshown):
+            given.append(ref(task := Alive(row)))
+            self.most = max(self.most, sum(one() is not None for one in given))
+            yield task
+
+
+def test_answers_pass_page_by_page(studio: Studio, tmp_path: Path) -> None:
+    door, file, count = Watched(studio.url, studio.token), tmp_path / "c.json", PAGE + 5
+    xml = SEG.format(tag="BrushLabels")
+    config = parse(xml := with_coarse(xml, parse(xml, GROUPS).classes))
+    assert config.coarse is not None
+    mask = {"format": "rle", "rle": list(range(9)), "brushlabels": [config.coarse.labels[0]]}
+    region = {"id": "cl1", "from_name": config.coarse.name, "to_name": "photo", "type": "brushlabels", "value": mask}
+    results: list[list[Row]] = [[region], *[[]] * (count - 2), [region]]
+    project = int(door.create_project("many answers", xml)["id"])
+    door.import_tasks(
+        project,
+        [{"data": {"picture": "/a"}, "annotations": [{"result": r, "ground_truth": False}]} for r in results],
+    )
+    settings = Settings.read(backend_settings(tmp_path, "redis://127.0.0.1:9", studio))
+    assert export_answers(door, project, settings, {}, {}, file) == 2
+    assert len(json.loads(file.read_text())) == 2
+    file.unlink()
+    [step] = undo_answers(look(door, project, settings), "file", file, ask=False)
+    assert step.text.startswith(f"Save 2 coarse labels to {file}")
+    assert list(step.run()) == [f"  {PAGE} of {count} tasks"]
+    assert len(json.loads(file.read_text())) == 2
+    assert list(undo_answers(look(door, project, settings), "file", file, ask=False)) == []
+    assert 1 < door.most <= PAGE
+
+
 def test_no_open_editor_loses_its_work_by_a_detach(
     share_backend: Share, make_user: Callable[[str], LabelStudio], pictures: Pictures
 ) -> None:
@@ -391,9 +460,10 @@ def test_nothing_is_set_aside_without_our_ml_backend_and_detach_gives_all_back(
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), pictures)
     before = around(team)
     last = team.attach()
-    board, tasks = team.backend.context.board, []
+    board, answered = team.backend.context.board, {}
     for _ in range(2):
-        tasks.append(answer(team)["id"])
+        [row] = answer(team)["annotations"]
+        answered[row["id"]] = row
         last = team.wait(last)
     team.settle()
     given = {row["id"]: row for row in annotations(team).values() if not row["was_cancelled"]}
@@ -415,7 +485,7 @@ def test_nothing_is_set_aside_without_our_ml_backend_and_detach_gives_all_back(
         team.project.store.delete(key)
     assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
     assert not any(row["was_cancelled"] for row in annotations(team).values())
-    assert len([row for row in annotations(team).values() if row["task"] in tasks]) == len(tasks)
+    assert all(is_as_given(annotations(team)[number], row) for number, row in answered.items())
     after = around(team)
     assert all(after[name] == before[name] for name in ("tabs", "backends", "webhooks", "versions", "keeper"))
     assert "firstrow-coarse" in after["label_config"], "the answers that were kept need it"

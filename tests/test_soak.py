@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Backend
 from soak import MAY_GROW, PICTURES, Sample, Soak, growing
 
@@ -22,6 +23,7 @@ def test_what_grows_is_told() -> None:
     assert set(MAY_GROW) == set(Sample.__dataclass_fields__) - {"seconds", "orders"}
 
 
+@pytest.mark.timeout(900)
 def test_nothing_grows_while_people_label(make_backend: Callable[..., Backend], tmp_path: Path) -> None:
     backend = make_backend(FIRSTROW_COARSE_TASKS="0")
     samples = Soak(backend.context, tmp_path).run(SECONDS, 15, lambda sample: None, PAUSE)
