@@ -26,6 +26,7 @@ from backend.coarse_answers import (
     is_cluster,
     is_vote,
     original_of,
+    untouched,
 )
 from backend.errors import AttachRefused, LabelStudioError
 from backend.label_config import ProjectConfig
@@ -331,10 +332,11 @@ def delete_answers(here: Attached, task: Row, saved: list[Row]) -> Iterator[str]
     """Delete the coarse answers of a task that are in a file, and their copies; not what was changed since."""
     stuck, drafts = set(), here.studio.drafted(task["id"])
     aside = {int(row["id"]): (row, original) for row, original in set_aside(here, task)}
-    gone = {row["id"] for row in task.get("annotations") or []}
+    there = {row["id"] for row in task.get("annotations") or []}
     for answer in saved:
         number = int(answer.get("id") or 0)
-        if number in gone and (number in drafts or not delete_if_same(here, number, digest(answer))):
+        seen = aside[number][0] if number in aside else answer
+        if number in there and (number in drafts or not delete_if_same(here, answer, seen)):
             yield f"Task {task['id']}: annotation {number} was changed meanwhile and stays; detach once more."
             if number in aside and back(here, *aside[number]):
                 stuck.add(number)
@@ -342,12 +344,13 @@ def delete_answers(here: Attached, task: Row, saved: list[Row]) -> Iterator[str]
     delete_copies(here, task, stuck | copied - {answer.get("id") for answer in saved})
 
 
-def delete_if_same(here: Attached, annotation: int, content: str) -> bool:
-    """Delete an annotation, unless it is not what was saved any more."""
+def delete_if_same(here: Attached, saved: Row, seen: Row) -> bool:
+    """Delete an annotation, unless it is not what was saved any more, or somebody has touched it since it was seen."""
     try:
-        if digest(here.studio.annotation(annotation)) != content:
+        now = here.studio.annotation(int(seen["id"]))
+        if digest(now) != digest(saved) or not untouched(now, seen):
             return False
-        here.studio.delete_annotation(annotation)
+        here.studio.delete_annotation(int(seen["id"]))
     except LabelStudioError as error:
         if error.status != 404:
             raise
