@@ -24,7 +24,7 @@ from backend.attached import PAGE, look
 from backend.cli import main
 from backend.coarse_answers import COARSE_COPY, copies_of, copy_of, digest
 from backend.connection import keeper_account, keeper_address
-from backend.detach_answers import undo_answers
+from backend.detach_answers import delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
 from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
@@ -148,6 +148,16 @@ def test_only_what_is_as_it_was_given_goes_to_a_file(
     assert {row["completed_by"] for row in saved.values()} == {anna.whoami()["id"]}
     assert keeper_account(team.studio, team.id) == 0
     assert (around(team)["backends"], around(team)["versions"]) == (0, {})
+    here, number = look(team.studio, team.id, team.backend.context.settings), int(talked["id"])
+    seen = team.studio.annotation(number)
+    for change in (
+        {"was_cancelled": True},
+        {"was_cancelled": False},
+    ):  # somebody skips it, and undoes that
+        team.studio.patch_annotation(number, **change)
+        assert not delete_if_same(here, seen, seen)
+    assert delete_if_same(here, seen, team.studio.annotation(number))
+    assert number not in annotations(team)
 
 
 def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_show(
