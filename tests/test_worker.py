@@ -171,10 +171,10 @@ def test_jobs_share_one_process_and_leave_log_lines(board: Board, start: Start, 
     start()
     until(lambda: all(job.get_status() == "finished" for job in jobs))
     assert len(set(pids(file))) == 1
-    log = log_of(tmp_path)
     for job in jobs:
-        assert f"quick project 7 ({job.id}): started" in log
-        assert f"quick project 7 ({job.id}): done after" in log
+        until(lambda job=job: f"quick project 7 ({job.id}): done after" in log_of(tmp_path))
+        assert f"quick project 7 ({job.id}): started" in log_of(tmp_path)
+    log = log_of(tmp_path)
     # the gpu queue comes first, though its job was queued last
     assert log.index(jobs[1].id) < log.index(jobs[0].id)
 
