@@ -109,7 +109,7 @@ def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> Pro
 def tasks_to_read(here: Attached, every: bool) -> set[int]:
     """Tasks that can have a coarse answer, by what a light listing tells."""
     rows = list(here.studio.tasks(here.id))
-    found = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
+    found = tasks_aside(here)
     skipped = {int(row["id"]) for row in rows if row.get("cancelled_annotations")}
     found |= skipped if every else skipped & tasks_of(here.kept)
     if every or (here.config is not None and here.config.coarse is not None):
@@ -120,6 +120,11 @@ def tasks_to_read(here: Attached, every: bool) -> set[int]:
 def tasks_of(kept: Kept) -> set[int]:
     """Tasks of answers that were ever set aside."""
     return {int(row["task"]) for annotation in kept if (row := kept.get(annotation))}
+
+
+def tasks_aside(here: Attached) -> set[int]:
+    """Tasks with a copy of a coarse answer, or with one that is handed to our account."""
+    return here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
 
 
 def tasks_of_keeper(here: Attached) -> set[int]:

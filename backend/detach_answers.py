@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backend.answers_file import OURS, name_of, saved_before, write_answers
-from backend.attached import PAGE, Attached, Undo, one_by_one, readable, tasks_of_keeper
+from backend.attached import PAGE, Attached, Undo, one_by_one, readable, tasks_aside
 from backend.coarse_answers import (
-    COARSE_COPY,
     active,
     author,
     commented,
@@ -242,15 +241,13 @@ def names_of(annotation: Row) -> list[tuple[Any, Any]]:
 
 def give_the_rest(here: Attached) -> Iterator[str]:
     """Give back whatever is set aside by now, and delete the copies."""
-    left = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
-    for task in readable(here, sorted(left)):
+    for task in readable(here, sorted(tasks_aside(here))):
         yield from answers_back(here, task)
 
 
 def still_aside(here: Attached) -> set[int]:
     """Tasks with answers that are set aside by now."""
-    left = here.studio.tasks_with_version(here.id, COARSE_COPY) | tasks_of_keeper(here)
-    tasks = readable(here, sorted(left))
+    tasks = readable(here, sorted(tasks_aside(here)))
     return {int(task["id"]) for task in tasks if any(row["was_cancelled"] for row, _ in set_aside(here, task))}
 
 

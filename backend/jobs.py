@@ -192,8 +192,9 @@ def publish(ctx: Context, project: Project, number: int) -> None:
         project.save_index(called)
     begin(project, number)
     publish_order(ctx, project, called, config, places, number)
-    ctx.board.go_on(project.id)
-    project.save_index(mark_asked(called, places))
+    if (asked := mark_asked(called, places)) != called:
+        ctx.board.go_on(project.id)
+        project.save_index(asked)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
 

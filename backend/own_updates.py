@@ -8,7 +8,7 @@ back what was lost.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -42,6 +42,25 @@ def change(ctx: Context, project: int, seen: Row, **fields: object) -> Row:
     return row
 
 
+def refuse_drafted(ctx: Context, task: int, annotations: Iterable[Row], what: str) -> None:
+    """Leave annotations alone while somebody has a draft of one, which Label Studio would delete.
+
+    Args:
+        ctx: the doors.
+        task: their task.
+        annotations: what would be changed.
+        what: why, in half a sentence.
+
+    Raises:
+        InUseError: somebody has.
+    """
+    drafted = ctx.studio.drafted(task)
+    if any(row["id"] in drafted for row in annotations):
+        raise InUseError(
+            f"{what}, but somebody goes on with it in a draft: that happens once the draft is submitted or deleted"
+        )
+
+
 def put_back(ctx: Context, project: int, task: Row) -> bool:
     """Put back what people saved in a task's annotations while we changed them, where Label Studio has lost it.
 
@@ -61,11 +80,7 @@ def _put_back(ctx: Context, project: int, row: Row) -> bool:
         return False
     lost = is_lost(saved, row, ours)
     if lost:
-        if number in ctx.studio.drafted(row["task"]):
-            raise InUseError(
-                f"annotation {number} was saved while we changed it, and somebody goes on with it in a draft: it is as "
-                "it was saved when the draft is submitted or deleted"
-            )
+        refuse_drafted(ctx, row["task"], [row], f"annotation {number} is to be as it was saved while we changed it")
         log.warning("project %d, annotation %d: put back what was saved while we changed it", project, number)
         change(ctx, project, row, result=saved["result"])
     ctx.board.forget_missed_update(project, number)

@@ -30,7 +30,7 @@ from backend.faults import noted
 from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, model_info, network_key
-from backend.own_updates import change
+from backend.own_updates import change, refuse_drafted
 from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import HEAD, Index, Project, TaskRecord, stages
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 CHUNK = 50_000
 #: Orders of more places than this are changed at their head, and imported anew after so many changes.
 SMALL, CHANGES = 500, 50
+#: Why coarse labels are set aside.
+WANTED = "task {} is wanted in full and its coarse label is to be set aside"
 
 
 def publish_order(
@@ -268,7 +270,7 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     if not (known and free and is_served(task, rows, str(extra.get("skips")))):
         ctx.board.remember(project.id, [record.id])
         return record
-    refuse_drafted(ctx, task, rows)
+    refuse_drafted(ctx, record.id, rows, WANTED.format(record.id))
     if not all(set_aside(ctx, project, task, row, keeper) for row in rows):
         ctx.board.remember(project.id, [record.id])
         return record
@@ -278,20 +280,6 @@ def reopen(ctx: Context, project: Project, record: TaskRecord) -> TaskRecord:
     if active(now) or any(left.get(row["id"]) != digest(row) for row in rows):  # somebody was at work at this moment
         ctx.board.remember(project.id, [record.id])
     return replace(record, stage="returned", annotation=0, callable=False, updated_at=now.get("updated_at", ""))
-
-
-def refuse_drafted(ctx: Context, task: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Leave answers alone that somebody has a draft of: Label Studio would delete it.
-
-    Raises:
-        InUseError: somebody has.
-    """
-    drafted = ctx.studio.drafted(task["id"])
-    if any(row["id"] in drafted for row in rows):
-        raise InUseError(
-            f"task {task['id']} is wanted in full, but somebody goes on with its coarse labels in a draft: "
-            "it is opened again once the draft is submitted or deleted"
-        )
 
 
 def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: dict[str, Any], keeper: int) -> bool:
@@ -312,7 +300,7 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
     more = SKIPS[str(project.extra()["skips"])]
     try:
-        refuse_drafted(ctx, task, [annotation])
+        refuse_drafted(ctx, task["id"], [annotation], WANTED.format(task["id"]))
         if untouched(now := ctx.studio.annotation(number), annotation):
             row = change(ctx, project.id, now, was_cancelled=True, completed_by=keeper)
             if untouched(row, annotation, "was_cancelled", "updated_at"):

@@ -35,10 +35,10 @@ from backend.coarse_answers import (
 from backend.connection import HIGHEST, OURS, keeper_account, need_backend, note_of
 from backend.connection import digest as config_digest
 from backend.context import Context
-from backend.errors import InUseError, LabelStudioError, MaskError, StartAnew
+from backend.errors import LabelStudioError, MaskError, StartAnew
 from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
-from backend.own_updates import change, put_back
+from backend.own_updates import change, put_back, refuse_drafted
 from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks
 from backend.regions import UNLABELLED, to_mask
 from model.classes import IGNORE, MIXED, UNKNOWN
@@ -248,7 +248,8 @@ def serve_again(ctx: Context, project: Project, annotation: dict[str, Any], skip
     """
     if annotation["ground_truth"] or skips != OWN_SKIPS:
         return False
-    refuse_drafted(ctx, annotation, "is to be served again")
+    what = f"task {annotation['task']} is to be served again without annotation {annotation['id']}"
+    refuse_drafted(ctx, annotation["task"], [annotation], what)
     change(ctx, project.id, annotation, **SKIPS[skips])
     return True
 
@@ -267,23 +268,11 @@ def restore(ctx: Context, project: Project, annotation: dict[str, Any], original
         InUseError: somebody has a draft of it.
     """
     number = annotation["id"]
-    refuse_drafted(ctx, annotation, "is to be given back")
+    what = f"annotation {number} was changed after it was set aside and is to be given back"
+    refuse_drafted(ctx, annotation["task"], [annotation], what)
     log.info("project %d, task %s, annotation %d was changed: given back", project.id, annotation.get("task"), number)
     if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation)):
         log.warning("project %d, annotation %d: the account of its author is gone", project.id, number)
-
-
-def refuse_drafted(ctx: Context, annotation: dict[str, Any], what: str) -> None:
-    """Leave an annotation alone while somebody has a draft of it, which Label Studio would delete.
-
-    Raises:
-        InUseError: somebody has.
-    """
-    if annotation["id"] in ctx.studio.drafted(annotation["task"]):
-        raise InUseError(
-            f"annotation {annotation['id']} was set aside and {what}, but somebody goes on with it in a draft: that "
-            "happens when the draft is submitted or deleted"
-        )
 
 
 def vars_of_labels(project: Project, task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> dict[str, Any]:
