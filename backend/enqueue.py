@@ -263,15 +263,21 @@ class Board:
         Returns:
             Whether the round still had the project; if not, nothing is done.
         """
-        if not self.release(project, number):
-            return False
-        if not self.redis.exists(_key(project, "retry")):
+        if not self.redis.exists(_key(project, "retry")) and self.owns(project, number):
+            # Before the project is free: nobody may see an error of a round that went well beside no round.
             self.redis.delete(_key(project, "tries"))
             if (self.error(project) or {}).get("passing"):
                 self.clear_error(project)
+        if not self.release(project, number):
+            return False
         if self.wished(project):
             self.request_round(project, "changes during the last round")
         return True
+
+    def owns(self, project: int, number: int) -> bool:
+        """Whether the project is held by the round of this number."""
+        owner = self.redis.get(_key(project, "owner"))
+        return isinstance(owner, bytes) and int(owner) == number
 
     def release(self, project: int, holder: int | str) -> bool:
         """Free the project if it is held by this round: its number, or before it has one the id of its first job."""

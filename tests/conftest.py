@@ -83,7 +83,7 @@ class Backend:
         board, until = self.context.board, time.monotonic() + seconds
         while board.busy(project) or board.wished(project) or self.round(project) <= after:
             error = board.error(project)
-            if (error and not board.busy(project)) or time.monotonic() > until:
+            if (error and not board.under_way(project)) or time.monotonic() > until:
                 logs = "\n".join(log.read_text()[-3000:] for log in self.folder.glob("*.log"))
                 raise AssertionError(f"no new order after round {after}: {error}, jobs {board.jobs(project)}\n{logs}")
             time.sleep(0.05)
