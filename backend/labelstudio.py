@@ -140,6 +140,11 @@ class LabelStudio:
         answer = self.http.call("GET", "/api/tasks/", params={**params, "include": COUNTED, "resolve_uri": "false"})
         return list(answer["tasks"]), int(answer["total"]), int(answer["total_annotations"])
 
+    def updated_at(self, project: int, task: int) -> str:
+        """When a task was changed last, as the listing says it, also where the task cannot be shown; empty if gone."""
+        query = {"selectedItems": {"all": False, "included": [task]}}
+        return next((str(row["updated_at"]) for row in self._listing(project, query, 1, include="id,updated_at")), "")
+
     def tasks_with_version(self, project: int, version: str) -> set[int]:
         """Ids of the tasks that have a prediction of this version."""
         query = _where("predictions_model_versions", "contains", "List", [version])

@@ -70,13 +70,13 @@ def prepare_task(
     Returns:
         The record, or None when the task is gone. A fault of this task alone is left in `record.error`.
     """
-    failed = bool(record.error)
+    failed, unread = bool(record.error), read
     try:
         if read:
             fresh = read_task(ctx, project, config, record)
             if fresh is None or fresh.error:
                 return fresh
-            record = fresh
+            record, unread = fresh, False
         clusters = clusters_name(ctx, project)
         ready = has_map(record, clusters) and project.store.exists(project.cluster_key(clusters, record.id))
         if clusters and not ready:
@@ -85,7 +85,9 @@ def prepare_task(
             ctx.images(project.id).get(project.id, record.id, record.image)
         return record
     except Exception as error:
-        return noted(ctx.studio, project.id, record, error)
+        now = noted(ctx.studio, project.id, record, error)
+    # Until its time has come, only a change makes it be read again.
+    return replace(now, updated_at=ctx.studio.updated_at(project.id, record.id)) if unread else now
 
 
 def clusters_name(ctx: Context, project: Project) -> str:
