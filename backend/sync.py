@@ -142,7 +142,7 @@ def differs(row: Mapping[str, Any], old: TaskRecord | None) -> bool:
     annotations = int(row.get("total_annotations") or 0)
     if old is None:
         return annotations > 0
-    later = row.get("updated_at", "") != old.updated_at
+    later = str(row.get("updated_at", "")) != old.updated_at
     if old.error:  # what Label Studio cannot show has annotations that we know nothing of
         return later
     return bool(annotations) != old.annotated or (later and (annotations > 0 or old.stage == "returned"))
