@@ -557,6 +557,11 @@ class Board:
         """Remember the project's counters."""
         self.redis.set(_key(project, "counters"), counters)
 
+    def settings_moved(self, project: int, settings: str) -> bool:
+        """Whether the project has other settings than at the last call, by this digest of them; remembers it."""
+        before = self.redis.set(_key(project, "settings"), settings, get=True)
+        return not isinstance(before, bytes) or before.decode() != settings
+
     def uncounted(self, project: int) -> None:
         """What the counters told was not looked into: the next look asks again."""
         self.redis.delete(_key(project, "counters"))

@@ -258,11 +258,19 @@ def bucket(project: Project, number: int, known: dict[str, Any]) -> int:
 
 def take_name(ctx: Context, project: Project) -> None:
     """Give our ML backend the name of the order in force, where Label Studio asks us for prelabels."""
+    if (backend := unnamed(ctx, project)) is not None:
+        title = project.state()["queue"]
+        ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=title)
+
+
+def unnamed(ctx: Context, project: Project) -> Row | None:
+    """Our ML backend, where it has yet to get the name of the order in force; else None."""
     backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
     # A new title takes the version in force along: an order that a round beside us serves by now must stay.
     served = ctx.studio.project(project.id).get("model_version") == queue
     if backend is not None and served and backend["title"] != queue and is_first(ctx, project, backend):
-        ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=queue)
+        return backend
+    return None
 
 
 def is_first(ctx: Context, project: Project, backend: Mapping[str, Any]) -> bool:

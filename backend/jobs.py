@@ -27,7 +27,7 @@ from backend.errors import (
     StartAnew,
 )
 from backend.faults import due_tasks, in_turn
-from backend.generations import begin, clean_generations, unfinished
+from backend.generations import begin, clean_generations, unfinished, unnamed
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
@@ -233,7 +233,7 @@ def reconcile(ctx: Context, project: Project) -> None:
     moved = changed or read or gone or set(found) != set(index) or ctx.board.wished(project.id)
     if moved or not (ctx.board.busy(project.id) or whole(ctx, project, index, config)):
         ctx.board.request_round(project.id, "reconcile")
-    elif unfinished(project) and not ctx.board.waiting():
+    elif not ctx.board.waiting() and (unfinished(project) or unnamed(ctx, project)):
         ctx.board.enqueue("clean", project.id)
 
 

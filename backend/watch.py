@@ -7,6 +7,7 @@ waits for Label Studio. One has the worker known to Redis. Of several workers on
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -129,8 +130,8 @@ class Watch:
         return [project for project in self.board.projects() if not self.board.stopped(project)]
 
     def _count(self, project: int) -> None:
-        """Look at a project's counters, if it is time to and nothing of it is under way."""
-        if self.board.under_way(project) or not self.board.time_to_count(project):
+        """Look at a project's counters, if it is time to and no round of it runs."""
+        if self.board.busy(project) or not self.board.time_to_count(project):
             return
         began = time.monotonic()
         try:
@@ -194,7 +195,7 @@ def count(ctx: Context, project: int) -> bool:
     settled = ctx.board.counters(project)
     if settled == counters.to_text():
         return False
-    if ctx.board.under_way(project):
+    if ctx.board.busy(project):
         return True  # an event came while we asked; the next look compares
     index = ctx.project(project).index()
     since = settled.rpartition(" ")[2]
@@ -214,12 +215,16 @@ def count(ctx: Context, project: int) -> bool:
 def compare_config(ctx: Context, project: int) -> None:
     """Ask for a round if the label config, or what becomes of skipped tasks, has changed and no event told us.
 
-    And for another look at the counters.
+    And for another look at the counters. Settings that no round can use are asked for once: a failed round has its own
+    pauses. Where they are again what they were, the round that failed is tried again.
     """
     saved = ctx.store.read_json(ctx.project(project).key("config.json")) or {}
-    now = ctx.studio.some_settings(project, "label_config", "skip_queue")
-    seen = (saved.get("label_config"), saved.get("extra", {}).get("skips"))
-    if (now["label_config"], now["skip_queue"]) != seen and not ctx.board.busy(project):
+    answer = ctx.studio.some_settings(project, "label_config", "skip_queue")
+    now = (answer["label_config"], answer["skip_queue"])
+    changed = now != (saved.get("label_config"), saved.get("extra", {}).get("skips"))
+    if ctx.board.busy(project) or not ctx.board.settings_moved(project, hashlib.sha256(repr(now).encode()).hexdigest()):
+        return
+    if changed or ctx.board.wished(project):
         ctx.board.uncounted(project)
         ctx.board.request_round(project, "settings changed, and no event told us")
 

@@ -55,7 +55,7 @@ class Sample:
 
 #: What must not grow, with the share by which and the number up to which it may.
 MAY_GROW = {
-    "worker_mb": (1.1, 60),
+    "worker_mb": (1.05, 60),
     "serve_mb": (1.1, 20),
     "redis_keys": (1.2, 60),
     "versions": (1.2, 4),
