@@ -120,6 +120,12 @@ class Backends:
             self.shared[key] = self.start(True, **settings)
         return self.shared[key]
 
+    def rest(self) -> None:
+        """Have no project of an ended test looked after: each look at its counters is work for Label Studio."""
+        for backend in self.shared.values():
+            for project in backend.context.board.projects():
+                backend.context.board.forget(project)
+
     def __enter__(self) -> Backends:
         return self
 
@@ -141,9 +147,10 @@ def backends(studio: Studio, redis_url: str, services_folder: Path) -> Iterator[
 
 
 @pytest.fixture
-def share_backend(backends: Backends) -> Callable[..., Backend]:
+def share_backend(backends: Backends) -> Iterator[Callable[..., Backend]]:
     """A shared backend; keyword arguments are settings."""
-    return backends.share
+    yield backends.share
+    backends.rest()
 
 
 @pytest.fixture
