@@ -15,7 +15,7 @@ demo: $(VENV)/installed $(STUDIO)/installed  # the whole loop; DATA=folder, ARGS
 	$(BIN)/firstrow demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint $(STUDIO)/installed  # what CI runs; ARGS="-k store"
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check backend model tests

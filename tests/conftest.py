@@ -28,6 +28,29 @@ from model.field import render
 QUICK = {"FIRSTROW_IMAGE_SIZE": "128", "FIRSTROW_TRAIN_STEPS": "4", "FIRSTROW_NETWORK": "lraspp_efficientnet_lite0"}
 
 
+#: Files that take longest, first: a file goes to a process as a whole. The soak mostly waits, and the first small file
+#: waits behind it.
+FIRST = (
+    "soak",
+    "people",
+    "harm",
+    "regions",
+    "loop",
+    "detach",
+    "benchmark",
+    "attach",
+    "machines",
+    "training",
+    "embedded",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the longest files begin first."""
+    place = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def services_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logs and data of the services of this run."""
