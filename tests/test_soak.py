@@ -18,8 +18,8 @@ SECONDS, PAUSE = 600, 8
 def test_what_grows_is_told() -> None:
     flat = [Sample(n, n, 500, 100, 200, 20, 200, 60, 80.0) for n in range(30)]
     assert growing(flat) == []
-    rising = [Sample(n, n, 500 + 20 * n, 100, 200 + 40 * n, 20, 200, 60, 80.0) for n in range(30)]
-    assert [fault.split()[0] for fault in growing(rising)] == ["worker_mb", "redis_keys"]
+    rising = [Sample(n, n, 500 + 20 * n, 100, 200 + 40 * n, 20, 200 + 40 * n, 60, 80.0) for n in range(30)]
+    assert [fault.split()[0] for fault in growing(rising)] == ["worker_mb", "redis_keys", "predictions"]
     assert set(MAY_GROW) == set(Sample.__dataclass_fields__) - {"seconds", "orders"}
 
 

@@ -243,6 +243,8 @@ def test_heartbeat_goes_on_during_a_long_job(board: Board, tmp_path: Path, monke
 
         def maintain_heartbeats(self, job: Job, execution: Any) -> None:
             super().maintain_heartbeats(job, execution)
+            if len(beats) == 3:
+                return  # the job may end at any moment now
             entry, silent = running(board, job)
             beats.append(silent - time.time())
             board.redis.zadd(job.started_job_registry.key, {entry: time.time() + 1})  # the next beat must move it
@@ -254,7 +256,7 @@ def test_heartbeat_goes_on_during_a_long_job(board: Board, tmp_path: Path, monke
     job = put(board, "slow", tmp_path / "pids", 60, str(tmp_path / "go_on"))
     Counted(board, ["gpu"], "counted", 300, {"testjobs.slow": None}).work(burst=True, logging_level="WARNING")
     assert job.get_status() == "finished"
-    assert len(beats) >= 3
+    assert len(beats) == 3
     assert all(worker.SILENCE - 2 < ahead <= worker.SILENCE for ahead in beats)
 
 
