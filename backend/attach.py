@@ -17,7 +17,7 @@ from backend.errors import AttachRefused, ConfigError
 from backend.label_config import OURS, ProjectConfig, parse, shares_names, without_coarse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
-from backend.steps import Found, Step, keep_note, named_groups, steps
+from backend.steps import Found, Step, keep_note, steps
 
 __all__ = ["Plan", "apply", "check", "credentials", "detach", "our_backend", "plan", "recorded"]
 
@@ -153,7 +153,7 @@ def notes(found: Found) -> Iterator[str]:
         f"Project {found.id} ({row['title']}): images in {config.image_key!r}, fine labels by {config.fine.tag} "
         f"{config.fine.name!r}."
     )
-    groups = "; ".join(f"{name} = {', '.join(fine)}" for name, fine in named_groups(config).items())
+    groups = "; ".join(f"{name} = {', '.join(fine)}" for name, fine in config.groups.items())
     yield f"Coarse labels: {groups}."
     if row["skip_queue"] not in SKIPS:
         yield (

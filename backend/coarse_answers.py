@@ -18,7 +18,7 @@ from typing import Any, Literal
 import orjson
 
 from backend.errors import LabelStudioError
-from backend.label_config import ProjectConfig
+from backend.label_config import MEANS, ProjectConfig
 from backend.labelstudio import LabelStudio, Row
 
 #: `model_version` of the predictions that keep a copy of a coarse answer.
@@ -50,6 +50,31 @@ def is_cluster(region: Region) -> bool:
 def is_vote(region: Region, config: ProjectConfig) -> bool:
     """Whether a region is a coarse answer: a cluster, or one drawn with the coarse control."""
     return is_cluster(region) or (config.coarse is not None and region.get("from_name") == config.coarse.name)
+
+
+def means_of(region: Region) -> dict[str, list[str]]:
+    """Fine classes of each coarse label as they were when a region was shown; none where it does not say it."""
+    meta = region.get("meta")
+    means = meta.get(MEANS) if isinstance(meta, Mapping) else None
+    rows = means.items() if isinstance(means, Mapping) else ()
+    return {str(label): [str(name) for name in members] for label, members in rows if isinstance(members, list)}
+
+
+def fine_classes(region: Region, config: ProjectConfig) -> frozenset[str]:
+    """The fine classes that a coarse answer allows, by their names when it was given; none for Mixed.
+
+    Args:
+        region: a coarse answer; a fine label on a cluster allows its whole coarse class.
+        config: the project's controls.
+    """
+    labels = labels_of([region])
+    if len(labels) != 1:
+        return frozenset()
+    [label] = labels
+    if region.get("from_name") == config.fine.name:
+        named = [members for members in config.groups.values() if label in members]
+        return frozenset(named[0] if named else labels)
+    return config.members(label, means_of(region))
 
 
 def kind_of(annotation: Row, config: ProjectConfig, asked: bool) -> Kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import chain, repeat
@@ -20,6 +20,8 @@ MASK_TAGS = ("BrushLabels", "BitmaskLabels", "PolygonLabels")
 COARSE_NAMES = ("coarse", "firstrow_coarse")
 #: The label of a cluster in which several coarse classes meet.
 MIXED_LABEL = "Mixed"
+#: Key in the `meta` of a cluster's region: the fine classes of each coarse label when the region was made.
+MEANS = "means"
 #: What a coarse label's name ends in where another label of the project has the name.
 DISTINCT = " (cluster)"
 #: Names of the class that pixels without a region have where no label means background.
@@ -71,6 +73,7 @@ class ProjectConfig:
         background: the label for background; pixels without a region are then unknown. Empty when no label means
             background: pixels without a region are then class 0 of `classes.fine`.
         regrouped: labels that no group named, so that each went into the group that seemed likeliest.
+        recorded: each coarse label and its fine classes as they were written down, for answers that do not say it.
     """
 
     image_name: str
@@ -80,23 +83,40 @@ class ProjectConfig:
     classes: Classes
     background: str
     regrouped: tuple[str, ...] = ()
+    recorded: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Fine classes of each coarse class, by name: what coarse labels mean today."""
+        members = [[self.classes.fine[c] for c in group] for group in self.classes.groups]
+        return dict(zip(self.classes.coarse, members, strict=True))
+
+    @property
+    def coarse_names(self) -> tuple[str, ...]:
+        """Names of the coarse classes that differ wherever the fine classes of one do: for what is kept by name."""
+        return tuple(f"{name}: {', '.join(sorted(members))}" for name, members in self.groups.items())
 
     @property
     def meaning(self) -> str:
         """Names all that a person's labels are read by: where it differs, they must be read again."""
-        read_by = (self.image_name, self.image_key, self.fine, self.coarse, self.classes, self.background)
+        controls = (self.image_name, self.image_key, self.fine, self.coarse)
+        read_by = (*controls, self.classes, self.background, self.recorded)
         return hashlib.sha1(repr(read_by).encode()).hexdigest()[:16]
 
-    def coarse_of_label(self, label: str) -> int | None:
-        """The coarse class that a label on a cluster stands for; None for Mixed and for labels that are gone.
+    def members(self, label: str, means: Mapping[str, Sequence[str]]) -> frozenset[str]:
+        """The fine classes that a coarse label stood for when it was given; none for Mixed.
 
         Args:
-            label: a coarse label, by its name of today or of before it was made distinct, or a fine one.
+            label: by its name of today or of before it was made distinct.
+            means: what the answer says of it; else it is as it was written down, else as today.
         """
-        for name in (label, label + DISTINCT):
-            if name in self.classes.coarse:
-                return self.classes.coarse.index(name)
-        return int(self.classes.coarse_of()[self.classes.fine.index(label)]) if label in self.classes.fine else None
+        known: dict[str, Sequence[str]] = {**self.groups, **dict(self.recorded), **means}
+        return frozenset(known.get(label) or known.get(label + DISTINCT) or ())
+
+    def coarse_of(self, members: Set[str]) -> int | None:
+        """The coarse class of today that holds all of these fine classes; None without one, or where one is gone."""
+        homes = (number for number, group in enumerate(self.groups.values()) if members <= set(group))
+        return next(homes, None) if members else None
 
 
 @dataclass(eq=False)
@@ -146,7 +166,9 @@ def parse(
     if coarse is not None:
         check_coarse(as_control(coarse), classes)
     image, key = find_image(elements, control)
-    return ProjectConfig(image, key, control, as_control(coarse) if coarse else None, classes, background, regrouped)
+    clusters = as_control(coarse) if coarse else None
+    written = tuple((name, tuple(of)) for name, of in (groups or before or {}).items())
+    return ProjectConfig(image, key, control, clusters, classes, background, regrouped, written)
 
 
 def recorded_groups(recorded: Mapping[str, Any]) -> dict[str, list[str]] | None:

@@ -46,7 +46,8 @@ class TaskRecord:
         counts: pixels of each cluster in that map.
         asked: whether it was served with clusters to label.
         callable: whether its coarse labels may be set aside: they are what we asked for, and nothing more.
-        lost: labels of its mask that are not in the label config any more; their pixels count as unknown.
+        lost: labels of its mask, and classes that its coarse labels allow, that are not in the label config any more:
+            those pixels count as unknown.
         tries: how often it failed in a row, up to its last failure.
         next_try: seconds since the epoch, when it is (or was) tried again after its last failure.
         known: whether `asked` is known: not before its labels are read anew where an earlier index was lost.
@@ -222,12 +223,12 @@ class Project:
 
     def save_own_coarse(self, task: int, mask: NDArray[np.uint8], config: ProjectConfig) -> None:
         """Keep the coarse mask (H, W) that a person gave a task: coarse class, MIXED or UNKNOWN."""
-        self.write_named(self.coarse_key(task), mask, config.classes.coarse)
+        self.write_named(self.coarse_key(task), mask, config.coarse_names)
 
     def own_coarse(self, record: TaskRecord, config: ProjectConfig) -> NDArray[np.uint8] | None:
         """The coarse mask that a person gave a task, in the coarse classes of today; None without one."""
         saved = self.read_named(self.coarse_key(record.id)) if record.coarse else None
-        return None if saved is None else named_maps.renumbered(*saved, config.classes.coarse)
+        return None if saved is None else named_maps.renumbered(*saved, config.coarse_names)
 
     def write_named(self, key: str, values: NDArray[np.uint8], names: Sequence[str]) -> None:
         """Keep a map (H, W) with the names of its values."""
@@ -258,14 +259,14 @@ class Project:
 
     def save_votes(self, decided: NDArray[np.uint8], voters: int, config: ProjectConfig) -> None:
         """Keep the coarse class of each cluster, by name, and how many tasks have voted."""
-        names = dict(enumerate(config.classes.coarse))
+        names = dict(enumerate(config.coarse_names))
         rows = [names.get(int(value), int(value)) for value in decided]
         self.store.write_json(self.key("votes.json"), {"clusters": rows, "voters": voters})
 
     def decided(self, config: ProjectConfig) -> NDArray[np.uint8]:
         """(k,) coarse class of each cluster by the votes so far; MIXED and UNKNOWN allow every class."""
         saved = self.store.read_json(self.key("votes.json")) or {}
-        number = {name: value for value, name in enumerate(config.classes.coarse)} | {MIXED: MIXED}
+        number = {name: value for value, name in enumerate(config.coarse_names)} | {MIXED: MIXED}
         return np.array([number.get(row, UNKNOWN) for row in saved.get("clusters", [None] * DEFAULT_K)], np.uint8)
 
 

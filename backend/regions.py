@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backend.errors import MaskError
-from backend.label_config import Control, ProjectConfig
+from backend.label_config import MEANS, Control, ProjectConfig
 from backend.rle import Ints, decode_rle, encode_changes
 from model.classes import IGNORE
 from model.data import BUDGET, BYTES, MOST_BYTES
@@ -229,7 +229,8 @@ def coarse_regions(
         mask = clusters == cluster
         if mask.any():
             region = write_region(mask, config.coarse, label, original, f"cl{cluster}", score)
-            found.append({**region, "meta": {"text": [f"cluster {cluster}"], "cluster": cluster}})
+            meta = {"text": [f"cluster {cluster}"], "cluster": cluster, MEANS: config.groups}
+            found.append({**region, "meta": meta})
     return found
 
 

@@ -84,8 +84,9 @@ def labels(project: Project, index: Index) -> list[dict[str, Any]]:
     counts = Counter(label for record in index.values() for label in record.lost)
     for label, tasks in sorted(counts.items()):
         says = (
-            f"Label {label!r} is in the annotations of {tasks} tasks but not in the label config: those pixels "
-            "count as unknown. Was it renamed? Then relabel these regions, or give the label its old name back."
+            f"Label {label!r} is not in the label config any more, but {tasks} tasks have it, or coarse labels that "
+            "stood for it: those pixels count as unknown. Was it renamed? Then give it its old name back, or relabel "
+            "these regions."
         )
         rows.append({"label": label, "why": "gone", "tasks": tasks, "says": says})
     for label in config.regrouped:

@@ -145,7 +145,7 @@ def new_note(found: Found) -> dict[str, Any]:
         before["label_config"] = without_coarse(now)  # somebody changed the rest: detach goes back to their version
     if stamp is None or found.new_config != now:
         stamp = digest(found.new_config)
-    groups, keeper = named_groups(found.config), {"keeper": old["keeper"]} if "keeper" in old else {}
+    groups, keeper = found.config.groups, {"keeper": old["keeper"]} if "keeper" in old else {}
     background = {"background": found.config.background}
     return {"before": before, "groups": groups, "config": stamp} | background | keeper
 
@@ -315,11 +315,3 @@ def hidden_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]
             if not column.get("visibility_defaults", {}).get(mode, True) and (mode, path) != ("explore", BY_SCORE):
                 hidden.append(path)
     return shown
-
-
-def named_groups(config: ProjectConfig) -> dict[str, list[str]]:
-    """Fine classes of each coarse label, by name."""
-    classes = config.classes
-    return {
-        name: [classes.fine[c] for c in members] for name, members in zip(classes.coarse, classes.groups, strict=True)
-    }

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from backend.coarse_answers import (
     COARSE_COPY,
+    LABELS,
     OWN_SKIPS,
     SKIPS,
     active,
     copies_of,
     copy_of,
     digest,
+    fine_classes,
     give_back,
     held,
     is_cluster,
@@ -326,10 +328,11 @@ def read_masks(
         project.save_labels(record.id, fine_mask(result, config, work), config)
         record = replace(record, lost=lost_labels(result, config))
     for source in filter(None, (annotation, copy)):
-        coarse = coarse_mask(checked(source, size), config, work)
+        result = checked(source, size)
+        coarse = coarse_mask(result, config, work)
         if coarse is not None:
             project.save_own_coarse(record.id, coarse, config)
-            return replace(record, coarse=True)
+            return replace(record, coarse=True, lost=tuple(sorted({*record.lost, *lost_classes(result, config)})))
     return record
 
 
@@ -337,6 +340,12 @@ def lost_labels(result: Sequence[Mapping[str, Any]], config: ProjectConfig) -> t
     """Labels of drawn regions that are not in the label config any more, by name."""
     drawn = [r for r in result if r.get("from_name") == config.fine.name and not is_cluster(r)]
     return tuple(sorted(labels_of(drawn) - set(config.fine.labels)))
+
+
+def lost_classes(result: Sequence[Mapping[str, Any]], config: ProjectConfig) -> set[str]:
+    """Fine classes that coarse answers allow and that are not in the label config any more."""
+    allowed = [fine_classes(region, config) for region in result if is_vote(region, config)]
+    return set[str]().union(*allowed) - set(config.classes.fine)
 
 
 def checked(source: Mapping[str, Any], size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -376,18 +385,30 @@ def fine_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[i
 def coarse_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple[int, int]) -> NDArray[np.uint8] | None:
     """(H, W) coarse class, MIXED or UNKNOWN; None without a coarse answer.
 
-    A cluster is an answer whatever label it carries: a fine one stands for its coarse class.
+    A cluster is an answer whatever label it carries: a fine one stands for its coarse class. A coarse label means the
+    fine classes that it meant when it was given: UNKNOWN where one of them is gone, or they are in several coarse
+    classes by now.
     """
     votes = [region for region in result if is_vote(region, config)]
     if not votes:
         return None
     found: NDArray[np.uint8] = np.full((work[1], work[0]), UNKNOWN, np.uint8)
+    names = [*config.classes.coarse, MIXED_LABEL]
+    order = np.full(256, UNKNOWN, np.uint8)
+    order[: len(names)] = [*range(len(config.classes.coarse)), MIXED]
     for control in filter(None, (config.coarse, config.fine)):
-        names = sorted(labels_of(r for r in votes if r.get("from_name") == control.name))
-        order = np.full(256, UNKNOWN, np.uint8)
-        for position, label in enumerate(names):
-            coarse = config.coarse_of_label(label)
-            order[position] = coarse if coarse is not None else MIXED if label.startswith(MIXED_LABEL) else UNKNOWN
-        mask = to_mask(votes, control, work, names)
+        mask = to_mask([in_todays_words(region, config) for region in votes], control, work, names)
         found = np.where(mask == UNLABELLED, found, order[mask]).astype(np.uint8)
     return found
+
+
+def in_todays_words(region: Mapping[str, Any], config: ProjectConfig) -> Mapping[str, Any]:
+    """A coarse answer whose label is the coarse class of today that it stands for, Mixed, or none of them."""
+    labels = labels_of([region])
+    if len(labels) != 1:
+        return region  # `to_mask` says what is wrong with it
+    [label] = labels
+    coarse = config.coarse_of(fine_classes(region, config))
+    mixed = region.get("from_name") != config.fine.name and label.startswith(MIXED_LABEL)
+    name = config.classes.coarse[coarse] if coarse is not None else MIXED_LABEL if mixed else ""
+    return {**region, "value": {kind: [name] if kind in LABELS else it for kind, it in region["value"].items()}}

@@ -32,6 +32,7 @@ from backend.project import TaskRecord
 from backend.publish import reopen, set_aside
 from backend.status import status
 from backend.sync import read_task, refresh_config
+from model.classes import MIXED, UNKNOWN
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
@@ -539,6 +540,76 @@ def test_classes_stay_right_when_the_label_config_changes(
     assert team.backend.context.board.error(team.id) is None
     todo = plan(team.studio, team.id, team.backend.context.settings)
     assert todo.project == team.id, "plain attach accepts it, too"
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "unknown"),
+    [
+        (("weed", "soil", "stone", "crop"), None, set()),
+        (("soil", "crop", "thistle"), None, {"Plant"}),
+        (("soil", "crop"), None, {"Plant"}),
+        (("earth", "crop", "weed", "Mixed"), None, {"Soil"}),
+        (("soil", "crop", "weed"), {"Soil": ["soil"], "Plant": ["crop"], "Weed": ["weed"]}, {"Plant"}),
+    ],
+)
+def test_coarse_answers_stay_right_when_the_label_config_changes(
+    share_backend: Share,
+    pictures: Pictures,
+    labels: tuple[str, ...],
+    groups: dict[str, list[str]] | None,
+    unknown: set[str],
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    team.attach()
+    mixed = answer_with_a_mixed_cluster(team)
+    before = team.coarse()
+    team.settle()
+    config, records = team.project.config(), [r for r in team.project.index().values() if r.coarse]
+    was = {record.id: team.project.own_coarse(record, config) for record in records}
+    assert {*np.unique(was[mixed])} >= {0, 1, MIXED}  # type: ignore[call-overload]
+
+    def change() -> None:
+        xml = swapped(team, "".join(f'<Label value="{n}"/>' for n in labels))
+        team.studio.patch_project(team.id, label_config=xml)
+        team.wait(before)
+
+    def confirm() -> None:
+        apply(plan(team.studio, team.id, team.backend.context.settings, groups))
+        team.backend.context.board.request_round(team.id, "attached")
+
+    for step in (confirm,) if groups else (change, confirm):
+        step()
+        team.settle()
+        now = team.project.config()
+        assert now.fine.labels == labels
+        for record in (team.project.index()[r.id] for r in records):
+            seen, old = team.project.own_coarse(record, now), was[record.id]
+            assert seen is not None
+            assert old is not None
+            for value, (name, members) in enumerate(GROUPS.items()):
+                said = {now.classes.coarse[v] if v < MIXED else v for v in seen[old == value]}
+                if name in unknown:
+                    assert said <= {UNKNOWN}
+                else:
+                    assert all(set(members) <= set(now.groups[str(coarse)]) for coarse in said)
+            assert (seen[old == MIXED] == MIXED).all()
+        report = status(team.backend.context, team.id)
+        lost = {label for members in GROUPS.values() for label in members} - set(labels)
+        assert {row["label"] for row in report["labels"] if row["why"] == "gone"} == lost
+        assert team.backend.context.board.error(team.id) is None
+
+
+def answer_with_a_mixed_cluster(team: Team) -> int:
+    """Give the next task its coarse answer, with one plant cluster called Mixed; the task."""
+    task, before = answer(team), team.backend.round(team.id)
+    given = task["annotations"][0]
+    plants = [region for region in given["result"] if region["value"]["brushlabels"] == ["Plant"]]
+    assert len(plants) > 1
+    plants[0]["value"]["brushlabels"] = ["Mixed"]
+    team.studio.update_annotation(given["id"], given["result"])
+    team.wait(before)
+    team.settle()
+    return int(task["id"])
 
 
 def test_a_config_that_changes_in_mid_round_starts_it_anew(share_backend: Share, pictures: Pictures) -> None:

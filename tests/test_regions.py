@@ -201,7 +201,8 @@ def test_clusters_carry_their_number_and_guess() -> None:
     clusters = blobs((64, 48), 2, 8) * 2
     result = coarse_regions(clusters, ["Background", "Foreground", "Foreground"], config, (640, 480), [0.5, 0.6, 0.75])
     assert [region["id"] for region in result] == ["cl0", "cl2"]
-    assert result[1]["meta"] == {"text": ["cluster 2"], "cluster": 2}
+    means = {"Background": ["soil"], "Foreground": ["crop", "weed"]}
+    assert result[1]["meta"] == {"text": ["cluster 2"], "cluster": 2, "means": means}
     assert result[1]["score"] == 0.75
     back = to_mask(result, config.coarse, (64, 48), config.coarse.labels)
     np.testing.assert_array_equal(back, clusters // 2)
