@@ -34,7 +34,7 @@ from backend.coarse_answers import (
     uncopied,
     was_asked,
 )
-from backend.connection import HIGHEST, OURS, keeper_account, need_backend, note_of
+from backend.connection import HIGHEST, OURS, keeper_account, need_backend, note_of, write_note
 from backend.connection import digest as config_digest
 from backend.context import Context
 from backend.errors import LabelStudioError, MaskError, StartAnew
@@ -56,6 +56,9 @@ Source = dict[str, Any] | None
 def refresh_config(ctx: Context, project: Project, save: bool = True) -> ProjectConfig:
     """Read the label config, and what `attach` recorded, from Label Studio into the store.
 
+    In a project that was connected without `attach` groups and background are recorded by the first round: only so can
+    be told later which labels were renamed or are gone.
+
     Args:
         ctx: the doors.
         project: whose config it is.
@@ -73,6 +76,11 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     extra = {"round": highest, "since": ours["created_at"], "skips": seen["skip_queue"]}
     note = {**note_of(ours), **extra}
     note["keeper"] = note.get("keeper") or keeper_account(ctx.studio, project.id)
+    config = parse(seen["label_config"], recorded=note)
+    if save and "groups" not in note:
+        said = {"groups": config.groups, "background": config.background}
+        write_note(ctx.studio, project.id, ctx.settings, {**note_of(ours), **said})
+        note |= said
     if save:
         before = project.extra()
         project.save_config(seen["label_config"], note)

@@ -32,7 +32,7 @@ from backend.project import TaskRecord
 from backend.publish import reopen, set_aside
 from backend.status import status
 from backend.sync import read_task, refresh_config
-from model.classes import MIXED, UNKNOWN
+from model.classes import IGNORE, MIXED, UNKNOWN
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
@@ -610,6 +610,33 @@ def answer_with_a_mixed_cluster(team: Team) -> int:
     team.wait(before)
     team.settle()
     return int(task["id"])
+
+
+def test_a_background_renamed_without_attach_makes_no_pixel_background(
+    share_backend: Share, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), dict(list(pictures.items())[:3]))
+    settings = team.backend.context.settings
+    team.studio.connect_ml(url=settings.url, project=team.id, title="by hand")  # as on Label Studio's settings page
+    before = team.wait()
+    task = team.ranking()[0]
+    regions = [r for r in team.annotator().full_result(task) if r["value"]["brushlabels"] != ["soil"]]
+    team.studio.create_annotation(task, regions)
+    before = team.wait(before)
+    was = team.project.labels(task, team.project.config())
+    assert was is not None
+    assert set(np.unique(was)) == {1, 2, IGNORE}
+    labels = '<Label value="crop"/><Label value="weed"/><Label value="loam"/>'
+    team.studio.patch_project(team.id, label_config=swapped(team, labels))
+    team.wait(before)
+    team.settle()
+    config = team.project.config()
+    assert (config.background, config.classes.fine) == ("loam", ("crop", "weed", "loam"))
+    now = team.project.labels(task, config)
+    assert now is not None
+    assert (now == np.array([IGNORE, 0, 1, *[IGNORE] * 253], np.uint8)[was]).all()
+    said = {(row["label"], row["why"]) for row in status(team.backend.context, team.id)["labels"]}
+    assert said == {("loam", "new")}, "no region of the old name is left"
 
 
 def test_a_config_that_changes_in_mid_round_starts_it_anew(share_backend: Share, pictures: Pictures) -> None:
