@@ -268,7 +268,7 @@ def unnamed(ctx: Context, project: Project) -> Row | None:
     """Our ML backend, where it has yet to get the name of the order in force; else None."""
     backend, queue = our_backend(ctx.studio, project.id, ctx.settings), project.state().get("queue")
     # A new title takes the version in force along: an order that a round beside us serves by now must stay.
-    served = ctx.studio.project(project.id).get("model_version") == queue
+    served = ctx.studio.version_in_force(project.id) == queue
     if backend is not None and served and backend["title"] != queue and is_first(ctx, project, backend):
         return backend
     return None

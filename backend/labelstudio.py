@@ -88,6 +88,10 @@ class LabelStudio:
         """Some settings of a project; cheaper than all of `project`."""
         return dict(self.http.call("GET", f"/api/projects/{project}/", params={"include": ",".join(["id", *names])}))
 
+    def version_in_force(self, project: int) -> str:
+        """The version of predictions that a project is sorted by and shows; empty without one."""
+        return str(self.some_settings(project, "model_version")["model_version"] or "")
+
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""
         body = {"title": title, "label_config": label_config, **settings}
@@ -142,8 +146,8 @@ class LabelStudio:
 
     def updated_at(self, project: int, task: int) -> str:
         """When a task was changed last, as the listing says it, also where the task cannot be shown; empty if gone."""
-        query = {"selectedItems": {"all": False, "included": [task]}}
-        return next((str(row["updated_at"]) for row in self._listing(project, query, 1, include="id,updated_at")), "")
+        rows = self._listing(project, _chosen([task]), 1, include="id,updated_at")
+        return next((str(row["updated_at"]) for row in rows), "")
 
     def tasks_with_version(self, project: int, version: str) -> set[int]:
         """Ids of the tasks that have a prediction of this version."""
@@ -217,9 +221,8 @@ class LabelStudio:
             yield from self._full_page(project, ids[start : start + FULL_PAGE], unshown)
 
     def _full_page(self, project: int, tasks: list[int], unshown: set[int] | None) -> list[Row]:
-        query = {"selectedItems": {"all": False, "included": tasks}}
         try:
-            return list(self._listing(project, query, FULL_PAGE, fields="all"))
+            return list(self._listing(project, _chosen(tasks), FULL_PAGE, fields="all"))
         except LabelStudioError as error:
             if unshown is None or error.status != 500 or not self.http.answers():
                 raise
@@ -445,6 +448,10 @@ def _where(column: str, operator: str, kind: str, value: object) -> dict[str, An
         "value": value,
     }
     return {"filters": {"conjunction": "and", "items": [item]}}
+
+
+def _chosen(tasks: Sequence[int]) -> dict[str, Any]:
+    return {"selectedItems": {"all": False, "included": list(tasks)}}
 
 
 def _names(versions: str, version: str) -> bool:

@@ -66,7 +66,7 @@ def publish_order(
     if served is not None:
         state["queue"] = served["queue"]
     elif not places:  # there is nothing to serve: what Label Studio sorts by stays
-        state["queue"] = ctx.studio.project(project.id)["model_version"] or ""
+        state["queue"] = ctx.studio.version_in_force(project.id)
     ctx.board.go_on(project.id)
     answer_for(ctx, project, state)
     if served is not None:
@@ -107,8 +107,7 @@ def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, 
         return None
     if not set(tasks) <= set(served["tasks"]):
         return None  # a task without a place would never be served
-    ours = ctx.studio.project(project.id).get("model_version") == served["queue"]
-    return served if ours else None
+    return served if ctx.studio.version_in_force(project.id) == served["queue"] else None
 
 
 def move_head(
@@ -194,7 +193,7 @@ def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig
     if not state["tasks"]:
         return True
     served = store.read_json(project.key("served.json")) is not None
-    return served and bool(ctx.studio.project(project.id).get("model_version") == state["queue"])
+    return served and bool(ctx.studio.version_in_force(project.id) == state["queue"])
 
 
 def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence[Place], state: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from backend.connection import (
     write_note,
 )
 from backend.errors import AttachRefused, LabelStudioError
-from backend.label_config import ProjectConfig, with_coarse, without_coarse
+from backend.label_config import ProjectConfig, parse, with_coarse, without_coarse
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
@@ -234,7 +234,8 @@ def unreachable(url: str, error: LabelStudioError) -> AttachRefused | None:
 def config_steps(found: Found) -> Iterator[Step]:
     """Add the coarse control."""
     if found.new_config != found.project["label_config"]:
-        labels = ", ".join([*found.config.classes.coarse, "Mixed"])
+        added = parse(found.new_config).coarse
+        labels = ", ".join(added.labels) if added else ""
         text = f"Put a control for coarse labels ({labels}) into the label config; the rest of it stays."
         yield Step(text, lambda: found.studio.patch_project(found.id, label_config=found.new_config))
 

@@ -68,7 +68,7 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
         ConfigError: it cannot be used.
         NotAttached: there is no ML backend of ours; what the store has of its note stays, for a detach.
     """
-    seen = ctx.studio.project(project.id)
+    seen = ctx.studio.some_settings(project.id, "label_config", "skip_queue")
     ours = need_backend(ctx.studio, project.id, ctx.settings)
     names = [str(ours["title"]), *ctx.studio.versions(project.id)]
     rounds = [int(name.rpartition("-")[2]) for name in names if OURS.fullmatch(name)]
