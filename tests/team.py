@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,14 @@ class Team:
         """Segment one task, whatever Label Studio would serve."""
         annotator = self.annotator()
         self.studio.create_annotation(task, annotator.full_result(task))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60, say: Callable[[], object] = str) -> None:
+    """Wait until a condition holds; where it does not in this time, `say` tells what is there instead."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, say()
+        time.sleep(0.02)
 
 
 def stages(team: Team) -> dict[int, str]:

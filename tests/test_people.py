@@ -18,7 +18,7 @@ import pytest
 import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, stages
+from team import GROUPS, SEG, Team, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, plan
@@ -622,10 +622,11 @@ def test_tasks_are_served_again_whatever_becomes_of_skips(share_backend: Share, 
 
     def change_to(skips: str, stage: str) -> dict[str, Any]:
         team.studio.patch_project(team.id, skip_queue=skips)
-        until = time.monotonic() + 60
-        while team.project.extra()["skips"] != skips or stages(team)[given["task"]] != stage:
-            assert time.monotonic() < until, (stages(team), board.error(team.id), team.log())
-            time.sleep(0.2)
+        wait_for(
+            lambda: team.project.extra()["skips"] == skips and stages(team)[given["task"]] == stage,
+            60,
+            lambda: (stages(team), board.error(team.id), team.log()),
+        )
         team.settle()
         return annotations(team)[given["id"]]
 
