@@ -27,7 +27,6 @@ from model.field import render
 #: Small and quick: what is tested is the loop, not the network.
 QUICK = {"FIRSTROW_IMAGE_SIZE": "128", "FIRSTROW_TRAIN_STEPS": "4", "FIRSTROW_NETWORK": "lraspp_efficientnet_lite0"}
 
-
 #: Files that take longest, first: a file goes to a process as a whole. The soak mostly waits, and the first small file
 #: waits behind it.
 FIRST = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ class Team:
             assert time.monotonic() < until, (board.error(self.id), board.jobs(self.id), self.log())
             time.sleep(0.2)
 
+    @contextmanager
+    def without_rounds(self) -> Iterator[None]:
+        """No round begins meanwhile: the order in force stays. What happens is remembered."""
+        self.settle()
+        assert self.backend.context.board.stop(self.id)
+        try:
+            yield
+        finally:
+            self.backend.context.board.register(self.id)
+
     def log(self) -> str:
         """The end of the worker's log."""
         return (self.backend.folder / "worker-gpu-default.log").read_text()[-4000:]
@@ -75,10 +86,27 @@ class Team:
             self.wait(before)
         return self.backend.round(self.id)
 
+    def segment_all(self, person: LabelStudio) -> list[int]:
+        """Have one person segment all that the order in force serves them; the tasks as they came."""
+        served: list[int] = []
+        with self.without_rounds():
+            while (task := person.next_task(self.id)) is not None and task["id"] not in served:
+                served.append(int(task["id"]))
+                person.create_annotation(task["id"], self.annotator().full_result(task["id"]))
+        return served
+
     def segment(self, task: int) -> None:
         """Segment one task, whatever Label Studio would serve."""
         annotator = self.annotator()
         self.studio.create_annotation(task, annotator.full_result(task))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60, say: Callable[[], object] = str) -> None:
+    """Wait until a condition holds; where it does not in this time, `say` tells what is there instead."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, say()
+        time.sleep(0.02)
 
 
 def stages(team: Team) -> dict[int, str]:

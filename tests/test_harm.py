@@ -18,7 +18,7 @@ import pytest
 import requests
 from conftest import Backend, Backends
 from numpy.typing import NDArray
-from test_loop import Team
+from team import Team, wait_for
 
 from backend.embedded import Studio
 from backend.labelstudio import LabelStudio
@@ -132,9 +132,7 @@ def seconds_until_noticed(team: Team, change: Callable[[Team], object]) -> float
     """Change something; how long it takes until a round begins."""
     board, began = team.backend.context.board, time.monotonic()
     change(team)
-    while not board.busy(team.id):
-        assert time.monotonic() - began < 60, team.log()
-        time.sleep(0.02)
+    wait_for(lambda: board.busy(team.id), 60, team.log)
     return time.monotonic() - began
 
 
@@ -206,8 +204,7 @@ def test_lost_changes_of_the_label_config_are_noticed_and_what_came_after_a_fail
         unusable = config[:end] + more + config[end:]
         changed = seconds_until_noticed(team, lambda team: team.studio.patch_project(team.id, label_config=unusable))
         assert changed < NOTICED
-        while board.busy(team.id):
-            time.sleep(0.02)
+        wait_for(lambda: not board.busy(team.id), 60, team.log)
         assert "several controls for masks" in (board.error(team.id) or {})["message"]
         assert board.wished(team.id)
         assert seconds_until_noticed(team, repair) < NOTICED
@@ -220,10 +217,7 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
     team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)
     segment(team)
-    until = time.monotonic() + 30
-    while not any(job["status"] == "started" for job in board.jobs(team.id)):
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    wait_for(lambda: any(job["status"] == "started" for job in board.jobs(team.id)), 30)
     board.redis.flushdb()
     began = time.monotonic()
     for path in ("/setup", "/predict"):
@@ -257,9 +251,7 @@ def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str) -
         raise AssertionError(f"{step} was never caught")
     began = time.monotonic()
     team.backend.context.board.clear_error(team.id)
-    while team.backend.round(team.id) <= before:
-        assert time.monotonic() - began < 90, (board.jobs(team.id), team.log())
-        time.sleep(0.05)
+    wait_for(lambda: team.backend.round(team.id) > before, 90, lambda: (board.jobs(team.id), team.log()))
     team.settle()
     log.info("%s: next order %.1f s after the kill", step, time.monotonic() - began)
     assert team.project.index()[task].annotation == wanted
@@ -373,10 +365,7 @@ def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slo
     board, before = slow.backend.context.board, slow.project.state()
     Slow.refused = f"PATCH /api/projects/{slow.id}/"
     segment(slow)
-    until = time.monotonic() + 60
-    while (board.error(slow.id) or {}).get("step") != "publish":
-        assert time.monotonic() < until, slow.log()
-        time.sleep(0.05)
+    wait_for(lambda: (board.error(slow.id) or {}).get("step") == "publish", 60, slow.log)
     assert slow.project.state() == before
     assert board.state(slow.id)["round"] == before["round"]
     assert slow.studio.project(slow.id)["model_version"] == before["queue"]
@@ -393,10 +382,7 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
     board = slow.backend.context.board
     Slow.refused = f"PATCH /api/projects/{slow.id}/"
     segment(slow)
-    until = time.monotonic() + 60
-    while (board.error(slow.id) or {}).get("step") != "publish" or board.busy(slow.id):
-        assert time.monotonic() < until, slow.log()
-        time.sleep(0.05)
+    wait_for(lambda: (board.error(slow.id) or {}).get("step") == "publish" and not board.busy(slow.id), 60, slow.log)
     board.redis.set(f"firstrow:{slow.id}:retry", time.time() + 300)
     Slow.refused = ""
     task, before = slow.ranking()[-1], slow.backend.round(slow.id)
@@ -413,19 +399,14 @@ def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
     Slow.refused = "PATCH /api/ml/"
     segment(slow)
     slow.backend.wait(slow.id, before, 60)
-    until = time.monotonic() + 60
-    while "cleaning up is put off" not in slow.log():
-        assert time.monotonic() < until, slow.log()
-        time.sleep(0.05)
+    wait_for(lambda: "cleaning up is put off" in slow.log(), 60, slow.log)
     Slow.refused = ""
     assert slow.backend.context.board.error(slow.id) is None
     assert not slow.backend.context.board.wished(slow.id)
     queue = slow.project.state()["queue"]
     assert title(slow) != queue
     slow.backend.context.board.reconcile(slow.id)
-    while title(slow) != queue:
-        assert time.monotonic() < until, slow.log()
-        time.sleep(0.1)
+    wait_for(lambda: title(slow) == queue, 60, slow.log)
 
 
 def title(team: Team) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Backend
 from numpy.typing import NDArray
-from team import Team, stages
+from team import Team, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction
 from backend.coarse_answers import COARSE_COPY, copy_of
@@ -179,10 +179,8 @@ def test_what_happened_while_we_were_down_is_made_good(
     assert gone not in stages(team)
     assert added in team.ranking()
     assert done not in team.ranking()
-    until = time.monotonic() + 30  # its cleaning up comes behind the order
-    while any(key.endswith(f"/{gone}.png") for key in team.project.store.list(team.project.key("clusters"))):
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    store, clusters = team.project.store, team.project.key("clusters")
+    wait_for(lambda: not any(key.endswith(f"/{gone}.png") for key in store.list(clusters)), 30)  # behind the order
 
 
 def test_everything_is_rebuilt_from_label_studio(
@@ -262,10 +260,7 @@ def test_a_person_without_our_order_is_told(
     studio.connect_ml(**credentials(backend.context.settings, project), title="by Label Studio's own page")
     backend.context.board.request_round(project, "somebody connected it")
     board = backend.context.board
-    until = time.monotonic() + 60
-    while board.busy(project):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: not board.busy(project))
     error = board.error(project)
     assert error is not None
     assert "BrushLabels" in error["message"]

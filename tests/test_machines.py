@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import Backend
 from moto.server import ThreadedMotoServer
-from team import cannot_be_shown
+from team import cannot_be_shown, wait_for
 
 from backend import generations, publish
 from backend.attach import apply, plan
@@ -75,10 +75,11 @@ def test_workers_share_the_shards_of_a_round_over_s3(
             folder.mkdir()
             alone = {**backend.environment, "FIRSTROW_CACHE": str(folder / "cache")}
             processes.append(stack.enter_context(start_worker(folder, alone)))
-        wait_for(lambda: len(Board(backend.environment["REDIS_URL"]).redis.smembers("rq:workers")) == workers)
+        board = Board(backend.environment["REDIS_URL"])
+        wait_for(lambda: len(board.redis.smembers("rq:workers")) == workers, 120)
         backend.context.board.request_round(project, "test")
         # One dies in the middle of a shard.
-        wait_for(lambda: any("prepare" in log and "started" in log for log in texts(folders[:1])))
+        wait_for(lambda: any("prepare" in log and "started" in log for log in texts(folders[:1])), 120)
         for child in psutil.Process(processes[0].pid).children():
             child.kill()
         backend.wait(project)
@@ -95,13 +96,6 @@ def test_workers_share_the_shards_of_a_round_over_s3(
 def texts(folders: list[Path]) -> list[str]:
     """The workers' logs."""
     return ["".join(log.read_text() for log in folder.glob("*.log")) for folder in folders]
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_projects_take_turns(database_url: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, stages
+from team import GROUPS, SEG, Team, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, plan
@@ -34,6 +36,7 @@ from backend.status import status
 from backend.sync import read_task, refresh_config
 from model.classes import IGNORE, MIXED, UNKNOWN
 
+log = logging.getLogger(__name__)
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
 User = Callable[[str], LabelStudio]
@@ -55,6 +58,11 @@ def annotations(team: Team) -> dict[int, dict[str, Any]]:
 def lasting(row: Mapping[str, Any]) -> dict[str, Any]:
     """What of an annotation must never change."""
     return {name: value for name, value in row.items() if name not in CHANGING}
+
+
+def undated(row: Mapping[str, Any]) -> dict[str, Any]:
+    """All of an annotation, but for how long ago it was made."""
+    return {**row, "created_ago": ""}
 
 
 def answer(team: Team, studio: LabelStudio | None = None) -> dict[str, Any]:
@@ -94,7 +102,7 @@ def test_answers_without_a_mask_stand_for_ever_and_are_counted(share_backend: Sh
         before = team.wait(before)
     now = annotations(team)
     assert len(made) == 5
-    assert {number: now[number] for number in made} == made
+    assert {number: undated(now[number]) for number in made} == {number: undated(row) for number, row in made.items()}
     assert [stages(team)[task] for task in (first, second, third, fourth, empty)] == ["other"] * 5
     assert status(team.backend.context, team.id)["without_mask"] == 5
     assert not {first, second, third, fourth, empty} & set(team.ranking())
@@ -117,15 +125,12 @@ def test_a_coarse_answer_is_set_aside_and_nothing_of_it_is_lost(
     assert row["was_cancelled"]
     assert not task["is_labeled"]
     copy = original_of(copies_of(task)[-1])
-    assert {**copy, "created_ago": ""} == {**given, "created_ago": ""}
+    assert undated(copy) == undated(given)
     kept = team.project.store.read_json(team.project.coarse_answer_key(row["id"]))
     assert (kept["task"], kept["annotation"]["lead_time"]) == (task["id"], 5.0)
-    served = []
-    while task["id"] not in served:  # the same person gets it again
-        now = person.next_task(team.id)
-        assert now is not None
-        served.append(now["id"])
-        person.create_annotation(now["id"], team.annotator().full_result(now["id"]))
+    order = team.ranking()
+    assert task["id"] in order
+    assert team.segment_all(person) == order, "the same person gets it again, in its place"
 
 
 def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictures: Pictures) -> None:
@@ -152,6 +157,58 @@ def test_what_we_did_not_ask_for_is_never_set_aside(share_backend: Share, pictur
         assert not row["was_cancelled"]
         assert task not in team.ranking()
     assert status(team.backend.context, team.id)["without_mask"] == len(made)
+
+
+def test_a_coarse_answer_that_people_have_commented_on_stays(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="3"), pictures)
+    before = team.attach()
+    commented = {}
+    for name in ("comment_count", "unresolved_comment_count"):
+        task = answer(team)
+        before = team.wait(before)
+        assert team.project.index()[task["id"]].callable
+        comment(team, task["id"], **{name: 1})
+        commented[task["id"]] = task["annotations"][0]
+    team.coarse()
+    for _ in range(2):
+        before = team.backend.round(team.id)
+        team.segment(team.ranking()[0])
+        team.wait(before)
+    team.settle()
+    for task, given in commented.items():
+        [row] = team.studio.task(task, team.id)["annotations"]
+        assert undated(row) == undated(given)
+        assert task not in team.ranking()
+        assert (team.project.index()[task].stage, team.project.index()[task].callable) == ("coarse", False)
+    assert status(team.backend.context, team.id)["without_mask"] == len(commented)
+    comment(team, task, comment_count=0, unresolved_comment_count=0)
+    wait_for(lambda: stages(team)[task] == "returned", 120, lambda: (stages(team), team.log()))
+
+
+def comment(team: Team, task: int, **counts: int) -> None:
+    """Have a task count comments: the community edition has none, but keeps the numbers that others count in."""
+    team.studio.http.call("PATCH", f"/api/tasks/{task}/", body=counts)
+    assert counts.items() <= team.studio.task(task, team.id).items()
+
+
+def test_comments_of_every_form_keep_an_answer(share_backend: Share, pictures: Pictures) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="2"), dict(list(pictures.items())[:3]))
+    team.attach()
+    task = answer(team)
+    comment(team, task["id"], comment_count=1)
+    team.settle()
+    assert reopen(team.backend.context, team.project, read(team, task["id"])).stage == "coarse", "nothing done"
+    [given], extra = task["annotations"], team.project.extra()
+    [row] = team.studio.task(task["id"], team.id)["annotations"]
+    assert undated(row) == undated(given)
+
+    def may(task: dict[str, Any], given: dict[str, Any]) -> bool:
+        return may_be_set_aside(task, given, team.config, str(extra["since"]), int(extra["keeper"]))
+
+    assert may(task, given)
+    for name, value in (("comment_count", 1), ("unresolved_comment_count", 1), ("comments", [{"id": 1}])):
+        assert not may({**task, name: value}, given)
+        assert not may(task, {**given, name: value})
 
 
 def test_an_update_before_it_is_set_aside_stays(share_backend: Share, pictures: Pictures) -> None:
@@ -278,40 +335,75 @@ def test_what_was_saved_last_stands(share_backend: Share, make_user: User, pictu
     assert annotations(team)[given["id"]]["result"] == given["result"]
 
 
+class Watched(LabelStudio):
+    """Label Studio as we call it, which notes when: `moments` from our last reading to its writing of our change."""
+
+    moments: list[tuple[datetime, datetime]]
+    read: datetime
+
+    def task(self, task: int, project: int | None = None) -> dict[str, Any]:
+        self.read = datetime.now(UTC)
+        return super().task(task, project)
+
+    def annotation(self, annotation: int) -> dict[str, Any]:
+        self.read = datetime.now(UTC)
+        return super().annotation(annotation)
+
+    def patch_annotation(self, annotation: int, **fields: object) -> dict[str, Any]:
+        row = super().patch_annotation(annotation, **fields)
+        self.moments.append((self.read, datetime.fromisoformat(row["updated_at"])))
+        return row
+
+
 def test_saves_at_the_very_moment_are_kept(share_backend: Share, make_user: User, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.attach()
     anna, redis, busy = make_user("anna"), team.backend.context.board.redis, f"firstrow:{team.id}:busy"
-    task = answer(team, anna)
     team.settle()
-    given = task["annotations"][0]
-    base, pauses, lost, aside = given["result"], random.Random(1), [], 0
-    tries = int(os.environ.get("FIRSTROW_SAVES", 8))
-    for number in range(tries):
-        redis.set(busy, "this test")  # it is the only round
+    redis.set(busy, "this test")
+    task = answer(team, anna)
+    given, keeper = task["annotations"][0], int(team.project.extra()["keeper"])
+    studio = Watched(team.studio.url, team.studio.http.credentials.key)
+    team.backend = replace(team.backend, context=replace(team.backend.context, studio=studio))
+    base, pauses, tries = given["result"], random.Random(1), int(os.environ.get("FIRSTROW_SAVES", 8))
+    aside, hits, lost = 0, [], []
+    for number in range(10 * tries):  # at least `tries`, and until the moment was met
+        if number >= tries and aside and hits:
+            break
+        redis.set(busy, f"this test {number}")  # it is the only round
+        studio.moments = []
         read(team, task["id"])
-        now = team.studio.task(task["id"], team.id)
+        now = studio.task(task["id"], team.id)
         [row] = now["annotations"]
         saves = [[{**base[0], "meta": {**base[0]["meta"], "save": [number, n]}}, *base[1:]] for n in (1, 2)]
 
-        def save(pause: float, saves: Any = saves) -> None:
+        def save(pause: float, saves: Any = saves) -> list[datetime]:
+            """Save twice; Label Studio's times of it."""
             time.sleep(pause)
-            for result in saves:
-                anna.update_annotation(given["id"], result)
+            rows = [anna.update_annotation(given["id"], result) for result in saves]
+            return [datetime.fromisoformat(row["updated_at"]) for row in rows]
 
-        person = threading.Thread(target=save, args=(pauses.uniform(0, 0.3),))
-        person.start()
-        aside += set_aside(team.backend.context, team.project, now, row, int(team.project.extra()["keeper"]))
+        with ThreadPoolExecutor(1) as pool:
+            person = pool.submit(save, pauses.uniform(0, 0.3))
+            aside += set_aside(team.backend.context, team.project, now, row, keeper)
+            read(team, task["id"])
         read(team, task["id"])
-        person.join()
-        time.sleep(0.2)  # its event
-        read(team, task["id"])
-        [last] = team.studio.task(task["id"], team.id)["annotations"]
-        if last["result"] != saves[-1]:
+        between = [any(begun <= at <= done for begun, done in studio.moments) for at in person.result()]
+        hits += [number] * any(between)
+        [last] = studio.task(task["id"], team.id)["annotations"]
+        if last["result"] == saves[-1]:
+            assert (last["was_cancelled"], last["completed_by"]) == (False, given["completed_by"]), (
+                "theirs, and it counts"
+            )
+        else:
+            assert between[-1], "what was saved before our reading or after our writing is never lost"
             lost.append((number, last["result"][0]["meta"].get("save")))
     redis.delete(busy)
+    log.info("%d tries, %d set aside, %d saves between reading and writing, lost %s", number, aside, len(hits), lost)
+    assert aside
+    assert hits
     # Of a save that Label Studio overwrites before it has sent its event, nothing is left: 1 of about 130.
-    assert len(lost) <= max(1, tries // 20), f"{aside} set aside, lost {lost}"
+    assert len(lost) <= 1 + tries // 64, lost
 
 
 def set_aside_by_a_round(team: Team, person: LabelStudio) -> dict[str, Any]:
@@ -720,10 +812,11 @@ def test_tasks_are_served_again_whatever_becomes_of_skips(share_backend: Share, 
 
     def change_to(skips: str, stage: str) -> dict[str, Any]:
         team.studio.patch_project(team.id, skip_queue=skips)
-        until = time.monotonic() + 60
-        while team.project.extra()["skips"] != skips or stages(team)[given["task"]] != stage:
-            assert time.monotonic() < until, (stages(team), board.error(team.id), team.log())
-            time.sleep(0.2)
+        wait_for(
+            lambda: team.project.extra()["skips"] == skips and stages(team)[given["task"]] == stage,
+            60,
+            lambda: (stages(team), board.error(team.id), team.log()),
+        )
         team.settle()
         return annotations(team)[given["id"]]
 
@@ -735,11 +828,9 @@ def test_tasks_are_served_again_whatever_becomes_of_skips(share_backend: Share, 
     change_to("REQUEUE_FOR_OTHERS", "returned")
     row = change_to("REQUEUE_FOR_ME", "returned")
     assert (row["was_cancelled"], row["ground_truth"]) == (True, True), "else Label Studio does not serve it"
-    served = []
-    while (now := team.studio.next_task(team.id)) is not None and now["id"] not in served:
-        served.append(now["id"])
-        team.studio.create_annotation(now["id"], team.annotator().full_result(now["id"]))
-    assert given["task"] in served
+    order = team.ranking()
+    assert given["task"] in order
+    assert team.segment_all(team.studio) == order
 
 
 def test_people_who_get_their_own_skips_back_are_served_in_order_too(share_backend: Share, pictures: Pictures) -> None:
@@ -753,9 +844,7 @@ def test_people_who_get_their_own_skips_back_are_served_in_order_too(share_backe
     team.studio.delete_annotation(other["id"])
     record = read(team, task["id"])
     assert record.stage == "returned" or reopen(team.backend.context, team.project, record).stage == "returned"
-    team.backend.wait(team.id)
-    served = []
-    while (now := team.studio.next_task(team.id)) is not None and now["id"] not in served:
-        served.append(now["id"])
-        team.studio.create_annotation(now["id"], team.annotator().full_result(now["id"]))
-    assert task["id"] in served
+    team.settle()
+    order = team.ranking()
+    assert task["id"] in order
+    assert team.segment_all(team.studio) == order
