@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import requests
 from conftest import Backend
 from numpy.typing import NDArray
+from rich.console import Console
 
 from backend.annotator import Annotator
 from backend.attach import apply, plan
 from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
 from backend.project import Project
+from backend.status import show
 
 SEG = """<View><Image name="photo" value="$picture"/><{tag} name="seg" toName="photo">
 <Label value="soil"/><Label value="crop"/><Label value="weed"/></{tag}></View>"""
@@ -111,6 +116,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 60, say: Callable
 
 def stages(team: Team) -> dict[int, str]:
     return {record.id: record.stage for record in team.project.index().values()}
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    """What a terminal shows of a status, without breaks and frames."""
+    console = Console(record=True, width=1000, file=io.StringIO())
+    show(found, console)
+    return " ".join(re.sub("[\u2500-\u257f]", " ", console.export_text()).split())
 
 
 def cannot_be_shown(studio: LabelStudio, task: int) -> None:

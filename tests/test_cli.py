@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
-from rich.console import Console
+from team import shown
 
 from backend.context import connect
-from backend.project import Project
+from backend.project import Project, TaskRecord
 from backend.secret import project_secret
 from backend.settings import Settings
-from backend.status import show
 from backend.store import Store
 
 
@@ -103,10 +102,23 @@ def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
     board = connect(settings).board
     here = Project(Store(settings.store), 7)
     stages = {"new": 3, "coarse": 1, "returned": 0, "full": 2, "unusable": 0}
-    state = {"round": 4, "phase": "full", "version": "seg-4", "model": "", "note": "", "published": time.time()}
+    state = {
+        "round": 4,
+        "phase": "full",
+        "version": "seg-4",
+        "model": "",
+        "note": "Using another network.",
+        "published": time.time(),
+    }
     board.set_state(7, {**state, "stages": stages, "tasks": 4})
     place = {"task": 31, "ask": "full", "utility": 0.25, "parts": {"coarse_egl": 0.5, "novelty": 0.5}}
     here.store.write_json(here.key("ranking.json"), [place, {**place, "task": 32, "utility": float("nan")}])
+    now = time.time()
+    tries = {33: now - 1, 34: now + 20 * 60 + 9, 35: now + 3 * 3600 + 9}
+    faulty = {
+        task: TaskRecord(task, "a.jpg", error="cannot be read: save it anew", next_try=at) for task, at in tries.items()
+    }
+    here.save_index({31: TaskRecord(31, "a.jpg", stage="other"), **faulty})
     board.request_round(7, "test")
     board.fail(7, "train", "no such weights: download them")
     done = firstrow(environment, "status", "--project", "7", "--json")
@@ -118,16 +130,31 @@ def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
     assert found["error"]["message"] == "no such weights: download them"
     assert found["known"]
     assert found["missing"]  # Label Studio does not answer, so what is missing cannot be told
-    console = Console(width=200, record=True, file=(Path(settings.store) / "shown").open("w"))
-    with console.file:
-        show(found, console)
-    text = console.export_text()
-    for words in ("round 4", "31", "coarse_egl 0.5", "start_round", "no such weights", "No worker is running"):
+    text = shown(found)
+    for words in (
+        "Project 7 round 4, asks for full labels, 4 tasks in the queue, version seg-4, model no trained model yet",
+        "task asks for utility parts 1 31 full 0.25 coarse_egl 0.5, novelty 0.5 2 32 full - coarse_egl 0.5",
+        "Jobs of this round step queue status progress start_round default queued 0/0",
+        "Unusable tasks (3 of 3) task why, and what to do next try 33 cannot be read: save it anew now",
+        "34 cannot be read: save it anew in 20 min 35 cannot be read: save it anew in 3 h",
+        "No worker is running: start `firstrow worker`.",
+        "Using another network.",
+        "Last error, in train: no such weights: download them",
+        "1 tasks are annotated without a mask: Label Studio will not serve them again.",
+        f"Missing: {found['missing'][0]}",
+    ):
         assert words in text
+    assert "A detach has stopped" not in text
+    board.stop(7, 0)
+    done = firstrow(environment, "status", "--project", "7")
+    said = " ".join(done.stdout.split())
+    assert "A detach has stopped this project: run it again until it ends, or `firstrow attach` to go on." in said
 
 
 def test_status_of_a_project_nobody_knows(environment: dict[str, str]) -> None:
     done = firstrow(environment, "status", "--project", "8")
     assert done.returncode == 0
     assert "no round yet" in done.stdout
-    assert "run `firstrow attach --project 8`" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "This project is not attached: run `firstrow attach --project 8`." in said
+    assert "A detach has stopped" not in said
