@@ -27,6 +27,8 @@ COARSE_COPY = "coarse-labels"
 CLUSTER = re.compile(r"cl\d+(_.*)?")
 #: Key in the `meta` of a copy's first region: all of the annotation but its regions.
 HEADER = "first_row"
+#: Key beside it, in a copy that was made anew: when the annotation was set aside, in Label Studio's time.
+ASIDE = "first_row_aside"
 #: Where people get their own skipped tasks back, others' skips count as work on a task, but for ground truth.
 OWN_SKIPS = "REQUEUE_FOR_ME"
 #: What becomes of skipped tasks -> what more one needs to be served again in its place, by measurement; none: never.
@@ -187,14 +189,63 @@ def digest(annotation: Row) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def copy_of(annotation: Row) -> list[dict[str, Any]]:
-    """Regions for a prediction that keeps all of an annotation: its other fields go into the first region's `meta`."""
+def copy_of(annotation: Row, aside: str = "") -> list[dict[str, Any]]:
+    """Regions for a prediction that keeps all of an annotation: its other fields go into the first region's `meta`.
+
+    Args:
+        annotation: as it was given.
+        aside: when it was set aside, for a copy that is made anew later.
+    """
     header = {name: value for name, value in annotation.items() if name != "result"}
     first, *rest = annotation["result"]
-    return [
-        {**first, "meta": {**(first.get("meta") or {}), HEADER: {**header, "completed_by": author(annotation)}}},
-        *rest,
-    ]
+    more = {HEADER: {**header, "completed_by": author(annotation)}, **({ASIDE: aside} if aside else {})}
+    return [{**first, "meta": {**(first.get("meta") or {}), **more}}, *rest]
+
+
+def aside_since(copy: Row) -> str:
+    """When the annotation that a copy was made of was set aside, in Label Studio's time."""
+    regions = copy.get("result") or [{}]
+    return str((regions[0].get("meta") or {}).get(ASIDE) or copy.get("created_at"))
+
+
+def record_of(task: int, annotation: Row, aside: str = "", now: Row | None = None) -> dict[str, Any]:
+    """What the store keeps of an answer that is set aside.
+
+    Args:
+        task: its task.
+        annotation: the answer as it was given.
+        aside: when it was set aside, in Label Studio's time.
+        now: the annotation as we left it; None before it is set aside.
+    """
+    record = {"task": task, "annotation": annotation}
+    return record if now is None else {**record, "aside": aside, "left": left_as(now)}
+
+
+def left_as(annotation: Row) -> dict[str, Any]:
+    """What tells later whether a person has touched an annotation since we left it, and how."""
+    return {name: annotation[name] for name in ("updated_at", "ground_truth")}
+
+
+def said_since(annotation: Row, original: Row, left: Row) -> dict[str, bool]:
+    """What a person has said of an answer after it was set aside, besides its regions: a skip, or a ground truth.
+
+    An editor that has the answer open skips it by saving it as it is, marked as skipped, which it is already. An update
+    that leaves every region as it was looks the same.
+
+    Args:
+        annotation: as it is now.
+        original: as it was given.
+        left: `left_as` it was then; empty where nobody knows.
+
+    Returns:
+        Fields that must stay when it is given back.
+    """
+    if not left or annotation["updated_at"] == left["updated_at"]:
+        return {}
+    if annotation["ground_truth"] and not left["ground_truth"]:
+        return {"ground_truth": True}
+    skipped = annotation["was_cancelled"] and digest(annotation) == digest(original)
+    return {"was_cancelled": True} if skipped else {}
 
 
 def original_of(copy: Row) -> Row:
@@ -205,6 +256,8 @@ def original_of(copy: Row) -> Row:
     regions = list(copy.get("result") or [])
     metas = [dict(region.get("meta") or {}) for region in regions]
     header: Row = next((meta.pop(HEADER) for meta in metas[:1] if HEADER in meta), {})
+    for meta in metas[:1]:
+        meta.pop(ASIDE, None)
     authors = [] if header else [meta.pop("completed_by", None) for meta in metas]
     header = header or {"completed_by": next(filter(None, authors), None)}
     plain = [{name: value for name, value in region.items() if name != "meta"} for region in regions]
@@ -212,9 +265,9 @@ def original_of(copy: Row) -> Row:
 
 
 def copies_of(task: Row) -> list[Row]:
-    """The copies of coarse answers among a task's predictions, the oldest first."""
+    """The copies of coarse answers among a task's predictions, what was set aside first first."""
     rows = [row for row in task.get("predictions") or [] if row.get("model_version") == COARSE_COPY]
-    return sorted(rows, key=lambda row: int(row["id"]))
+    return sorted(rows, key=lambda row: (aside_since(row), int(row["id"])))
 
 
 def active(task: Row) -> list[Row]:
@@ -247,7 +300,7 @@ def give_back(
         annotation: its id.
         original: as it was before.
         change: what changes its fields; by default Label Studio's PATCH.
-        more: further fields to change with it.
+        more: what a person has said of it since, see `said_since`.
 
     Returns:
         False where the author's account is gone: the annotation counts again, and stays the keeper's.
@@ -259,7 +312,7 @@ def give_back(
     except LabelStudioError as error:
         if error.status != 400 or not by:
             raise
-        patch(**fields)
+        patch(**{**fields, "was_cancelled": False})
         return False
     return bool(by)
 

@@ -183,6 +183,10 @@ class Project:
         """Where the whole of a coarse answer that was set aside lies."""
         return self.key("coarse-answers", f"{annotation}.json")
 
+    def coarse_answer(self, annotation: int) -> dict[str, Any]:
+        """What the store keeps of a coarse answer that was set aside; empty where it has nothing."""
+        return dict(self.store.read_json(self.coarse_answer_key(annotation)) or {})
+
     def coarse_answers(self) -> CoarseAnswers:
         """What the store keeps of coarse answers that were set aside."""
         return CoarseAnswers(self)
@@ -282,11 +286,10 @@ class CoarseAnswers(Mapping[int, dict[str, Any]]):
         self.ids = frozenset(int(name) for name in names if name.isdigit())
 
     def __getitem__(self, annotation: int) -> dict[str, Any]:
-        key = self.project.coarse_answer_key(annotation)
-        row = self.project.store.read_json(key) if annotation in self.ids else None
-        if row is None:
+        row = self.project.coarse_answer(annotation) if annotation in self.ids else {}
+        if not row:
             raise KeyError(annotation)
-        return dict(row)
+        return row
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self.ids))

@@ -22,6 +22,7 @@ from backend.coarse_answers import (
     is_served,
     may_be_set_aside,
     original_of,
+    record_of,
     untouched,
 )
 from backend.context import Context
@@ -293,7 +294,7 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
     """
     ctx.board.go_on(project.id)
     content, number = digest(annotation), int(annotation["id"])
-    project.store.write_json(project.coarse_answer_key(number), {"task": task["id"], "annotation": annotation})
+    project.store.write_json(project.coarse_answer_key(number), record_of(task["id"], annotation))
     known = {int(row["id"]): original_of(row) for row in copies_of(task)}
     same = [copy for copy, row in known.items() if row.get("id") == number and digest(row) == content]
     copy = same[0] if same else ctx.studio.create_prediction(task["id"], copy_of(annotation), COARSE_COPY)
@@ -303,8 +304,11 @@ def set_aside(ctx: Context, project: Project, task: dict[str, Any], annotation: 
         if untouched(now := ctx.studio.annotation(number), annotation):
             row = change(ctx, project.id, now, was_cancelled=True, completed_by=keeper)
             if untouched(row, annotation, "was_cancelled", "updated_at"):
+                left = row
                 if more:  # by itself: a mark that a person has made just now shows in the answer above
-                    change(ctx, project.id, {**row, "updated_at": now["updated_at"]}, **more)
+                    left = change(ctx, project.id, {**row, "updated_at": now["updated_at"]}, **more)
+                record = record_of(task["id"], annotation, row["updated_at"], left)
+                project.store.write_json(project.coarse_answer_key(number), record)
                 return True
             original = {**annotation, "ground_truth": row["ground_truth"]}
             give_back(ctx.studio, number, original, partial(change, ctx, project.id, row))

@@ -18,6 +18,7 @@ from backend.coarse_answers import (
     OWN_SKIPS,
     SKIPS,
     active,
+    aside_since,
     copies_of,
     copy_of,
     digest,
@@ -29,8 +30,11 @@ from backend.coarse_answers import (
     is_vote,
     kind_of,
     labels_of,
+    left_as,
     may_be_set_aside,
     original_of,
+    record_of,
+    said_since,
     uncopied,
     was_asked,
 )
@@ -40,6 +44,7 @@ from backend.context import Context
 from backend.errors import LabelStudioError, MaskError, StartAnew
 from backend.faults import noted
 from backend.label_config import MIXED_LABEL, ProjectConfig, parse
+from backend.labelstudio import Row
 from backend.own_updates import change, put_back, refuse_drafted
 from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks
 from backend.regions import UNLABELLED, to_mask
@@ -214,8 +219,9 @@ def check_results(task: Mapping[str, Any]) -> None:
 def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) -> dict[str, Any]:
     """Give a coarse answer back that its author has changed after it was set aside, for example in an open editor.
 
-    A copy that somebody has deleted is made again from what the store keeps; where that has nothing, the answer counts
-    again as it is. So does one whose task Label Studio would not serve: what becomes of skipped tasks can be changed.
+    A copy that somebody has deleted is made again from what the store keeps, and that from the copy; where there is
+    neither, the answer counts again as it is. So does one whose task Label Studio would not serve: what becomes of
+    skipped tasks can be changed.
 
     Returns:
         The task as it is then.
@@ -228,16 +234,20 @@ def return_what_changed(ctx: Context, project: Project, task: dict[str, Any]) ->
     if changed:
         task = ctx.studio.task(task["id"], project.id)
     for row in uncopied(task, keeper):
-        given = (project.store.read_json(project.coarse_answer_key(row["id"])) or {}).get("annotation")
+        record = project.coarse_answer(row["id"])
+        given = record.get("annotation")
         if given is None and keeper != keeper_account(ctx.studio, project.id):
             continue  # the keeper is a person, whose own skips these may be
         if given is not None and digest(given) == digest(row):
-            ctx.studio.create_prediction(task["id"], copy_of(given), COARSE_COPY)
+            aside = str(record.get("aside") or given["updated_at"])
+            ctx.studio.create_prediction(task["id"], copy_of(given, aside), COARSE_COPY)
         else:
             restore(ctx, project, row, given or {})
         changed = True
     latest = {original_of(copy).get("id"): copy for copy in copies_of(task)}  # of each annotation, the last copy
     ours = [(mine, original_of(copy)) for copy in latest.values() if (mine := held(task, copy, keeper)) is not None]
+    for row, original in ours:
+        keep_record(project, row, original, aside_since(latest[row["id"]]))
     stay = [row for row, original in ours if row["was_cancelled"] and digest(row) == digest(original)]
     if not active(task) and not is_served(task, stay, skips):
         stay = []
@@ -261,8 +271,26 @@ def serve_again(ctx: Context, project: Project, annotation: dict[str, Any], skip
         return False
     what = f"task {annotation['task']} is to be served again without annotation {annotation['id']}"
     refuse_drafted(ctx, annotation["task"], [annotation], what)
-    change(ctx, project.id, annotation, **SKIPS[skips])
+    now = left_as(change(ctx, project.id, annotation, **SKIPS[skips]))
+    record = project.coarse_answer(annotation["id"])
+    if annotation["updated_at"] != record["left"]["updated_at"]:  # a person has touched it: that must still show
+        now["updated_at"] = record["left"]["updated_at"]
+    project.store.write_json(project.coarse_answer_key(annotation["id"]), {**record, "left": now})
     return True
+
+
+def keep_record(project: Project, annotation: Row, original: Row, aside: str) -> None:
+    """Have the store keep an answer that is set aside, where what it keeps is gone, damaged, or less than it could be.
+
+    Args:
+        project: the store's.
+        annotation: the answer as it is now.
+        original: as it was given.
+        aside: when it was set aside, in Label Studio's time.
+    """
+    if "left" not in project.coarse_answer(annotation["id"]):
+        record = record_of(annotation["task"], original, aside, annotation)
+        project.store.write_json(project.coarse_answer_key(annotation["id"]), record)
 
 
 def delete_copies(ctx: Context, task: dict[str, Any], annotation: int) -> None:
@@ -282,7 +310,8 @@ def restore(ctx: Context, project: Project, annotation: dict[str, Any], original
     what = f"annotation {number} was changed after it was set aside and is to be given back"
     refuse_drafted(ctx, annotation["task"], [annotation], what)
     log.info("project %d, task %s, annotation %d was changed: given back", project.id, annotation.get("task"), number)
-    if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation)):
+    said = said_since(annotation, original, project.coarse_answer(number).get("left") or {})
+    if not give_back(ctx.studio, number, original, partial(change, ctx, project.id, annotation), **said):
         log.warning("project %d, annotation %d: the account of its author is gone", project.id, number)
 
 
@@ -313,7 +342,7 @@ def stage_of(task: Mapping[str, Any], config: ProjectConfig, asked: bool) -> tup
     """
     copies = copies_of(dict(task))
     copy = copies[-1] if copies else None
-    later = str(copy.get("created_at")) if copy else "never"
+    later = aside_since(copy) if copy else "never"
     kinds = [(kind_of(a, config, asked and str(a.get("created_at")) < later), a) for a in active(dict(task))]
     for stage in ("full", "coarse", "other"):
         for kind, annotation in kinds:

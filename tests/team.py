@@ -125,6 +125,19 @@ def shown(found: Mapping[str, Any]) -> str:
     return " ".join(re.sub("[\u2500-\u257f]", " ", console.export_text()).split())
 
 
+def saved(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What Label Studio's editor sends when somebody updates an annotation that it has open, or skips it (`more`)."""
+    return {
+        "lead_time": row["lead_time"] + 4.0,
+        "result": row["result"],
+        "draft_id": 0,
+        "parent_prediction": row["parent_prediction"],
+        "parent_annotation": row["parent_annotation"],
+        "started_at": row["created_at"],
+        **more,
+    }
+
+
 def cannot_be_shown(studio: LabelStudio, task: int) -> None:
     """Submit an annotation that Label Studio stores and cannot write: it answers 500 whenever the task is shown."""
     mask = {"format": "rle", "rle": [0], "brushlabels": ["crop"]}

@@ -55,11 +55,17 @@ def picture_of(team: Team) -> dict[str, Any]:
         "labels": {key: store.read_map(key) is not None for key in store.list(project.key("labels"))},
         "coarse": {key: store.read_map(key) is not None for key in store.list(project.key("coarse"))},
         "maps": {Path(key).name: store.read_map(key) is not None for key in store.list(project.key("clusters"))},
+        "answers": {key: answer_in(store.read_json(key)) for key in store.list(project.key("coarse-answers"))},
         "ranked": sorted(team.ranking()),
         "generations": bool(store.read_json(project.key("generations.json"))),
         "served": sorted((store.read_json(project.key("served.json")) or {}).get("tasks", [])),
         "shown": {task: len(answer(team, task)) > 0 for task in team.masks},
     }
+
+
+def answer_in(record: Any) -> Any:
+    """The answer that the store keeps of one that was set aside."""
+    return record and (record["task"], record["annotation"])
 
 
 def answer(team: Team, task: int) -> list[Any]:
@@ -71,7 +77,7 @@ def answer(team: Team, task: int) -> list[Any]:
 
 #: Kinds of files in a project's folder, a round for each group: none of a group is made from another one of it.
 KINDS = [
-    ["index.json", "number.json"],
+    ["index.json", "number.json", "coarse-answers/"],
     ["codebook.json", "votes.json", "config.json"],
     ["state.json", "served.json", "ranking.json", "generations.json"],
     ["model.json", "curve.json"],

@@ -22,7 +22,7 @@ import pytest
 import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, shown, stages, wait_for
+from team import GROUPS, SEG, Team, saved, shown, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, plan
@@ -410,6 +410,13 @@ def test_saves_at_the_very_moment_are_kept(share_backend: Share, make_user: User
     assert len(lost) <= 2 + met // 2, lost
 
 
+def delete_predictions(team: Team) -> None:
+    """Choose all tasks in the Data Manager and press "Delete predictions"."""
+    chosen = {"selectedItems": {"all": True, "excluded": []}}
+    action = {"id": "delete_tasks_predictions", "project": team.id}
+    team.studio.http.call("POST", "/api/dm/actions/", params=action, body=chosen)
+
+
 def set_aside_by_a_round(team: Team, person: LabelStudio) -> dict[str, Any]:
     """A person's coarse answer that a round has set aside; the annotation as it was given."""
     last, given = team.backend.round(team.id), answer(team, person)["annotations"][0]
@@ -420,18 +427,27 @@ def set_aside_by_a_round(team: Team, person: LabelStudio) -> dict[str, Any]:
     return dict(given)
 
 
-def test_an_answer_is_found_when_its_copy_was_deleted(
+def test_an_answer_is_found_when_its_copy_or_its_record_was_deleted(
     share_backend: Share, make_user: User, pictures: Pictures
 ) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
     team.attach()
     anna = make_user("anna")
     given = set_aside_by_a_round(team, anna)
+    store, key = team.project.store, team.project.coarse_answer_key(given["id"])
+    kept, data = store.read_json(key), store.read(key) or b""
+    for damaged in (b"", data[: len(data) // 2], b"null"):
+        store.write(key, damaged)
+        assert read(team, given["task"]).stage == "returned"
+        again = store.read_json(key)
+        assert again["aside"] <= kept["aside"]
+        assert {**again, "aside": kept["aside"]} == kept
+    store.delete(key)
+    assert read(team, given["task"]).stage == "returned"
+    assert store.exists(key)
 
     def delete_all_predictions() -> None:
-        chosen = {"selectedItems": {"all": True, "excluded": []}}
-        action = {"id": "delete_tasks_predictions", "project": team.id}
-        team.studio.http.call("POST", "/api/dm/actions/", params=action, body=chosen)
+        delete_predictions(team)
         assert copies_of(team.studio.task(given["task"], team.id)) == []
 
     delete_all_predictions()
@@ -445,6 +461,51 @@ def test_an_answer_is_found_when_its_copy_was_deleted(
     assert read(team, given["task"]).stage == "full"
     row = annotations(team)[given["id"]]
     assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, given["completed_by"])
+
+
+def test_an_empty_answer_means_background_also_when_the_copy_was_made_anew(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    backend = share_backend(FIRSTROW_COARSE_TASKS="1")
+    team, anna = Team(backend, dict(list(pictures.items())[:3])), make_user("anna")
+    team.studio.patch_project(team.id, label_config=swapped(team, '<Label value="crop"/>'))
+    apply(plan(team.studio, team.id, backend.context.settings))
+    backend.context.board.request_round(team.id, "attached")
+    team.wait()
+    team.settle()
+    backend.context.board.redis.set(f"firstrow:{team.id}:busy", "this test")  # it is the only round
+    served = anna.next_task(team.id)
+    assert served is not None
+    task = int(served["id"])
+    anna.create_annotation(task, prelabel(served), **started_from(served))
+    assert reopen(backend.context, team.project, read(team, task)).stage == "returned"
+    anna.create_annotation(task, [])
+    assert read(team, task).stage == "full"
+    for _ in range(2):
+        delete_predictions(team)
+        assert read(team, task).stage == "full"
+    assert len(copies_of(team.studio.task(task, team.id))) == 1
+
+
+def test_a_skip_of_what_is_set_aside_stays_its_authors(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    team, anna = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures), make_user("anna")
+    team.attach()
+    given = answer(team, anna)["annotations"][0]
+    assert reopen(team.backend.context, team.project, read(team, given["task"])).stage == "returned"
+    anna.patch_annotation(given["id"], **saved(given, was_cancelled=True))
+    team.settle()
+    assert read(team, given["task"]).stage == "returned"
+    team.studio.patch_project(team.id, skip_queue="REQUEUE_FOR_ME")  # the answer is marked as ground truth
+    assert read(team, given["task"]).stage == "returned"
+    assert annotations(team)[given["id"]]["ground_truth"]
+    team.studio.patch_project(team.id, skip_queue="IGNORE_SKIPPED")  # nothing may stay set aside
+    read(team, given["task"])
+    team.settle()
+    row = annotations(team)[given["id"]]
+    assert (row["was_cancelled"], row["completed_by"]) == (True, given["completed_by"])
+    assert (row["ground_truth"], row["result"]) == (False, given["result"])
 
 
 def test_answers_that_cannot_be_set_aside_cost_only_themselves(
