@@ -14,7 +14,7 @@ from backend.connection import credentials, note_of, our_backend, ours_among, re
 from backend.detach import detach
 from backend.download import shown_host
 from backend.errors import AttachRefused, ConfigError
-from backend.label_config import OURS, ProjectConfig, parse, shares_names, without_coarse
+from backend.label_config import OURS, ProjectConfig, check_own_coarse, parse, shares_names, without_coarse
 from backend.labelstudio import LabelStudio
 from backend.settings import Settings
 from backend.steps import Found, Step, keep_note, steps
@@ -127,7 +127,9 @@ def understand(xml: str, groups: Groups | None, recorded: Mapping[str, Any]) -> 
         ConfigError: it cannot be used, or the groups do not fit.
     """
     try:
-        return parse(without_coarse(xml) if shares_names(xml) else xml, groups, recorded)
+        config = parse(without_coarse(xml) if shares_names(xml) else xml, groups, recorded)
+        check_own_coarse(xml, config.classes)
+        return config
     except ConfigError:
         if groups and OURS in xml:
             return parse(without_coarse(xml), groups)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import orjson
 
 from backend.errors import LabelStudioError
-from backend.label_config import MEANS, ProjectConfig
+from backend.label_config import MEANS, MOST_ROWS, ProjectConfig
 from backend.labelstudio import LabelStudio, Row
 
 #: `model_version` of the predictions that keep a copy of a coarse answer.
@@ -58,8 +58,17 @@ def means_of(region: Region) -> dict[str, list[str]]:
     """Fine classes of each coarse label as they were when a region was shown; none where it does not say it."""
     meta = region.get("meta")
     means = meta.get(MEANS) if isinstance(meta, Mapping) else None
-    rows = means.items() if isinstance(means, Mapping) else ()
-    return {str(label): [str(name) for name in members] for label, members in rows if isinstance(members, list)}
+    rows = {name: of for name, of in means.items() if isinstance(of, list)} if isinstance(means, Mapping) else {}
+    if sum(map(len, rows.values())) > MOST_ROWS:
+        return {}  # nothing that we have written
+    return {str(label): [str(name) for name in members] for label, members in rows.items()}
+
+
+def votes_of(result: Iterable[Region], config: ProjectConfig) -> list[Region]:
+    """The coarse answers among regions; what one does not say of its label, another of them says for it."""
+    votes = [region for region in result if is_vote(region, config)]
+    means = next(filter(None, map(means_of, votes)), None)
+    return [region if means is None or means_of(region) else {**region, "meta": {MEANS: means}} for region in votes]
 
 
 def fine_classes(region: Region, config: ProjectConfig) -> frozenset[str]:

@@ -64,7 +64,7 @@ def ours_among(rows: Sequence[Row], settings: Settings) -> Row | None:
 
 
 def recorded(studio: LabelStudio, project: int, settings: Settings) -> dict[str, Any]:
-    """Our note about a project, empty if `attach` never ran: `before`, `groups`, `background`, `keeper`, `config`."""
+    """Our note about a project, empty if `attach` never ran: see `is_noted`."""
     return note_of(our_backend(studio, project, settings))
 
 
@@ -92,7 +92,7 @@ def is_noted(name: str, value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
     if name == "before":
         return isinstance(value, Mapping) and isinstance(value.get("label_config"), str)
-    if name == "groups":
+    if name in ("groups", "meant"):
         return isinstance(value, Mapping) and all(all_of(str, members) for members in value.values())
     return name in ("config", "background") and isinstance(value, str | None)
 

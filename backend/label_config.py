@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -18,6 +19,8 @@ from model.classes import Classes
 MASK_TAGS = ("BrushLabels", "BitmaskLabels", "PolygonLabels")
 #: Names of the coarse control: the second where the team has a control of the first name.
 COARSE_NAMES = ("coarse", "firstrow_coarse")
+#: What is written down of labels.
+LABELS_NOTED = {"groups", "meant", "background"}
 #: The label of a cluster in which several coarse classes meet.
 MIXED_LABEL = "Mixed"
 #: Key in the `meta` of a cluster's region: the fine classes of each coarse label when the region was made.
@@ -94,7 +97,7 @@ class ProjectConfig:
     @property
     def coarse_names(self) -> tuple[str, ...]:
         """Names of the coarse classes that differ wherever the fine classes of one do: for what is kept by name."""
-        return tuple(f"{name}: {', '.join(sorted(members))}" for name, members in self.groups.items())
+        return tuple(json.dumps([name, sorted(members)]) for name, members in self.groups.items())
 
     @property
     def meaning(self) -> str:
@@ -103,12 +106,22 @@ class ProjectConfig:
         read_by = (*controls, self.classes, self.background, self.recorded)
         return hashlib.sha1(repr(read_by).encode()).hexdigest()[:16]
 
+    def note(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written down of labels, so that it can be told later which were renamed, moved, or are gone.
+
+        Args:
+            old: what was written down before.
+        """
+        ever = united(recorded_groups(old, "meant") or {}, recorded_groups(old) or {}, self.groups)
+        meant = {label: list(members) for label, members in ever}
+        return {"groups": self.groups, "meant": meant, "background": self.background}
+
     def members(self, label: str, means: Mapping[str, Sequence[str]]) -> frozenset[str]:
         """The fine classes that a coarse label stood for when it was given; none for Mixed.
 
         Args:
             label: by its name of today or of before it was made distinct.
-            means: what the answer says of it; else it is as it was written down, else as today.
+            means: what the answer says of it; else it stands for all that was ever written down for it.
         """
         known: dict[str, Sequence[str]] = {**self.groups, **dict(self.recorded), **means}
         return frozenset(known.get(label) or known.get(label + DISTINCT) or ())
@@ -142,61 +155,108 @@ def parse(
     Args:
         xml: the project's label config.
         groups: fine labels of each coarse label, as a person names them now.
-        recorded: what `attach` wrote down, used without `groups`: `groups`, and `background`, the label for it. Without
-            both, the `classes` attributes of the coarse control's labels count; else background stands against
-            everything else.
+        recorded: what `attach` or the first round wrote down, used without `groups`: `groups`, `background`, the label
+            for it, and `meant`, all that coarse labels ever stood for. The `classes` attributes of a coarse control of
+            the team's own come before it; without both background stands against everything else.
 
     Raises:
         ConfigError: no Image, no control for masks or several, or `groups` that do not fit the labels.
     """
-    elements = read(xml)
+    elements, recorded = read(xml), recorded or {}
     coarse, fine = find_controls(elements)
     control = as_control(fine)
-    before = recorded_groups(recorded or {}) or (said_groups(coarse) if coarse else None)
+    before = groups_before(coarse, recorded)
     named = groups or before
     background = find_background(control.labels, named)
-    was_explicit = bool((recorded or {}).get("background"))
-    if not groups and before and was_explicit and not background:
-        background = heir(control.labels, before)
-    named, regrouped = (groups, ()) if groups or not before else fitted(before, control.labels, background)
+    if before and not background and had_label_for_background(recorded) and not names_no_label(groups or {}):
+        background = heir(control.labels, before, str(recorded.get("background") or ""))
+    named, regrouped = (groups, ()) if groups or not before else fitted(before, control.labels, background, recorded)
     classes = group_classes(control.labels, background, named)
     classes = replace(classes, coarse=distinct_names(classes.coarse, elements, coarse))
-    if coarse is not None and lacks(as_control(coarse), classes) and is_ours(coarse):
-        coarse = None  # somebody took a label of ours away: `attach` puts the control in anew
+    if coarse is not None and lacks(as_control(coarse), classes) and (is_ours(coarse) or recorded):
+        coarse = None  # somebody took a label away: nothing is asked coarsely until `attach` has seen to it
     if coarse is not None:
         check_coarse(as_control(coarse), classes)
     image, key = find_image(elements, control)
     clusters = as_control(coarse) if coarse else None
-    written = tuple((name, tuple(of)) for name, of in (groups or before or {}).items())
-    return ProjectConfig(image, key, control, clusters, classes, background, regrouped, written)
+    meant = united(recorded_groups(recorded, "meant") or {}, groups or before or {})
+    return ProjectConfig(image, key, control, clusters, classes, background, regrouped, meant)
 
 
-def recorded_groups(recorded: Mapping[str, Any]) -> dict[str, list[str]] | None:
+def groups_before(coarse: Element | None, recorded: Mapping[str, Any]) -> dict[str, list[str]] | None:
+    """The groups that stand in the team's own coarse control, else those that were written down, else those in ours."""
+    said = said_groups(coarse) if coarse is not None else None
+    own = said if coarse is not None and not is_ours(coarse) else None
+    return own or recorded_groups(recorded) or said
+
+
+def united(*groups: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Each coarse label with all the fine classes that it has in any of these groups."""
+    labels = dict.fromkeys(label for one in groups for label in one)
+    return tuple((label, tuple(dict.fromkeys(n for one in groups for n in one.get(label, ())))) for label in labels)
+
+
+def names_no_label(groups: Mapping[str, Sequence[str]]) -> bool:
+    """Whether groups name the class of pixels without a region."""
+    return any(name in IMPLICIT for members in groups.values() for name in members)
+
+
+def had_label_for_background(recorded: Mapping[str, Any]) -> bool:
+    """Whether a label meant background when the groups were written down: pixels without a region are then unknown."""
+    if "background" in recorded:
+        return bool(recorded["background"])
+    return not names_no_label(recorded_groups(recorded) or {IMPLICIT[0]: IMPLICIT})
+
+
+def recorded_groups(recorded: Mapping[str, Any], part: str = "groups") -> dict[str, list[str]] | None:
     """The groups that were written down; None where there are none, or something else stands there."""
-    groups = recorded.get("groups")
+    groups = recorded.get(part)
     if not isinstance(groups, dict):
         return None
     good = all(isinstance(of, list) and all(isinstance(name, str) for name in of) for of in groups.values())
-    return {str(name): list(of) for name, of in groups.items()} if good else None
+    named = {str(name): list(dict.fromkeys(of)) for name, of in groups.items() if name != MIXED_LABEL} if good else {}
+    return named or None
 
 
-def heir(labels: Sequence[str], before: Mapping[str, Sequence[str]]) -> str:
+def background_group(groups: Mapping[str, Sequence[str]], label: str) -> str:
+    """Name of the group that background is in; groups come from a database that does not keep their order.
+
+    Args:
+        groups: as they were written down, at least one.
+        label: the label for background then; empty where none is known.
+    """
+    names = [label] if label else [*IMPLICIT, *BACKGROUND_LIKE]
+    homes = (
+        group for name in names for group, of in groups.items() if name in {member.casefold() for member in of} | {*of}
+    )
+    return next(homes, next(iter(groups)))
+
+
+def heir(labels: Sequence[str], before: Mapping[str, Sequence[str]], gone: str) -> str:
     """The label for background where the one that was written down is gone: pixels without a region stay unknown.
 
     Args:
         labels: of today.
-        before: groups as they were written down, the background's first.
+        before: groups as they were written down.
+        gone: the label for background then.
     """
-    first, *others = before.values()
-    elsewhere = {label for members in others for label in members}
-    likely = [label for label in labels if label in first] + [label for label in labels if label not in elsewhere]
+    home = background_group(before, gone)
+    elsewhere = {label for name, members in before.items() if name != home for label in members}
+    likely = [label for label in labels if label in before[home]]
+    likely += [label for label in labels if label not in elsewhere]
     return next(iter(likely), labels[0])
 
 
 def fitted(
-    before: Mapping[str, Sequence[str]], labels: Sequence[str], background: str
+    before: Mapping[str, Sequence[str]], labels: Sequence[str], background: str, recorded: Mapping[str, Any]
 ) -> tuple[dict[str, list[str]] | None, tuple[str, ...]]:
     """Groups that were written down for other labels, for those of today.
+
+    Args:
+        before: the groups.
+        labels: of today.
+        background: the label for it today, empty without one.
+        recorded: `background` there is the label for it then.
 
     Returns:
         The groups, None where none of their labels is left; and the labels that no group had named.
@@ -208,8 +268,9 @@ def fitted(
     fresh = tuple(label for label in labels if not any(label in of for of in kept.values()))
     if not any(kept.values()):
         return None, fresh
+    first = background_group(before, str(recorded.get("background") or ""))
     for label in fresh:
-        home = next(iter(before)) if label == background else likely_group(kept, before, background)
+        home = first if label == background else likely_group(kept, before, background)
         kept.setdefault(home, []).append(label)
     return {name: of for name, of in kept.items() if of}, fresh
 
@@ -219,7 +280,7 @@ def likely_group(kept: Mapping[str, Sequence[str]], before: Mapping[str, Sequenc
 
     Args:
         kept: groups with the labels that are left.
-        before: groups as they were written down, the background's first.
+        before: groups as they were written down.
         background: the label for it, empty without one.
     """
     emptied = [name for name in before if before[name] and not kept.get(name)]
@@ -245,11 +306,17 @@ def distinct_names(names: Sequence[str], elements: Sequence[Element], coarse: El
     def distinct(name: str) -> str:
         if name in there or name + DISTINCT in there:
             return name if name in there else name + DISTINCT
-        while name.casefold() in taken:
-            name += DISTINCT
-        return name
+        found = name
+        while found.casefold() in taken or (found != name and found in names):
+            found += DISTINCT
+        return found
 
     return tuple(map(distinct, names))
+
+
+def is_mixed(label: str) -> bool:
+    """Whether a label of a coarse control says that several coarse classes meet."""
+    return label.startswith(MIXED_LABEL) and not label.removeprefix(MIXED_LABEL).replace(DISTINCT, "")
 
 
 def lacks(control: Control, classes: Classes) -> list[str]:
@@ -345,6 +412,8 @@ def as_control(element: Element) -> Control:
             f"the labels of {element.tag} {found.get('name')!r} are missing, nameless or not distinct: list them as "
             '<Label value="..."/> inside it (labels from task data cannot be used)'
         )
+    if any(character < " " for name in names for character in name):
+        raise ConfigError(f"a label of {element.tag} {found.get('name')!r} has a line break or a tab in it: rename it")
     return Control(found.get("name", ""), element.tag, found.get("toName", ""), names)
 
 
@@ -427,6 +496,17 @@ def said_groups(control: Element) -> dict[str, list[str]] | None:
         if label.get("classes")
     }
     return found or None
+
+
+def check_own_coarse(xml: str, classes: Classes) -> None:
+    """Refuse a coarse control of the team's own whose regions could not be shown.
+
+    Raises:
+        ConfigError: it lacks a coarse class.
+    """
+    coarse, _ = find_controls(read(xml))
+    if coarse is not None and not is_ours(coarse):
+        check_coarse(as_control(coarse), classes)
 
 
 def check_coarse(control: Control, classes: Classes) -> None:

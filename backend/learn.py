@@ -242,7 +242,10 @@ def test_then_train(
     if not is_trained(ctx, key):
         return
     curve = project.store.read_json(project.key("curve.json")) or []
+    trained = model_info(project).get("trained", {})
     for record in new:
+        if str(record.id) in trained:
+            continue  # read anew, or changed: it has seen the picture
         seen = project.prediction(key, record.id, config.classes.fine)
         mask = project.labels(record.id, config)
         if seen is None or mask is None:
@@ -252,7 +255,7 @@ def test_then_train(
             {
                 "task": record.id,
                 "model": key,
-                "trained_on": len(model_info(project).get("trained", {})),
+                "trained_on": len(trained),
                 "miou": float(mean_iou(table)),
                 "confusion": table.tolist(),
                 "classes": list(config.classes.fine),

@@ -145,9 +145,8 @@ def new_note(found: Found) -> dict[str, Any]:
         before["label_config"] = without_coarse(now)  # somebody changed the rest: detach goes back to their version
     if stamp is None or found.new_config != now:
         stamp = digest(found.new_config)
-    groups, keeper = found.config.groups, {"keeper": old["keeper"]} if "keeper" in old else {}
-    background = {"background": found.config.background}
-    return {"before": before, "groups": groups, "config": stamp} | background | keeper
+    keeper = {"keeper": old["keeper"]} if "keeper" in old else {}
+    return {"before": before, "config": stamp} | found.config.note(old) | keeper
 
 
 def former(found: Found) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from backend.coarse_answers import (
     held,
     is_cluster,
     is_served,
-    is_vote,
     kind_of,
     labels_of,
     left_as,
@@ -36,6 +35,7 @@ from backend.coarse_answers import (
     record_of,
     said_since,
     uncopied,
+    votes_of,
     was_asked,
 )
 from backend.connection import HIGHEST, OURS, keeper_account, need_backend, note_of, write_note
@@ -43,7 +43,7 @@ from backend.connection import digest as config_digest
 from backend.context import Context
 from backend.errors import LabelStudioError, MaskError, StartAnew
 from backend.faults import noted
-from backend.label_config import MIXED_LABEL, ProjectConfig, parse
+from backend.label_config import LABELS_NOTED, MIXED_LABEL, ProjectConfig, is_mixed, parse
 from backend.labelstudio import Row
 from backend.own_updates import change, put_back, refuse_drafted
 from backend.project import Index, Project, Stage, TaskRecord, deleted_tasks
@@ -61,8 +61,8 @@ Source = dict[str, Any] | None
 def refresh_config(ctx: Context, project: Project, save: bool = True) -> ProjectConfig:
     """Read the label config, and what `attach` recorded, from Label Studio into the store.
 
-    In a project that was connected without `attach` groups and background are recorded by the first round: only so can
-    be told later which labels were renamed or are gone.
+    What `attach` has not written down of the labels the first round does, and the label for background once there is
+    one: only so can be told later which labels were renamed or are gone.
 
     Args:
         ctx: the doors.
@@ -82,8 +82,8 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     note = {**note_of(ours), **extra}
     note["keeper"] = note.get("keeper") or keeper_account(ctx.studio, project.id)
     config = parse(seen["label_config"], recorded=note)
-    if save and "groups" not in note:
-        said = {"groups": config.groups, "background": config.background}
+    if save and (not note.keys() >= LABELS_NOTED or (config.background and not note["background"])):
+        said = config.note(note)
         write_note(ctx.studio, project.id, ctx.settings, {**note_of(ours), **said})
         note |= said
     if save:
@@ -381,7 +381,7 @@ def lost_labels(result: Sequence[Mapping[str, Any]], config: ProjectConfig) -> t
 
 def lost_classes(result: Sequence[Mapping[str, Any]], config: ProjectConfig) -> set[str]:
     """Fine classes that coarse answers allow and that are not in the label config any more."""
-    allowed = [fine_classes(region, config) for region in result if is_vote(region, config)]
+    allowed = [fine_classes(region, config) for region in votes_of(result, config)]
     return set[str]().union(*allowed) - set(config.classes.fine)
 
 
@@ -426,7 +426,7 @@ def coarse_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple
     fine classes that it meant when it was given: UNKNOWN where one of them is gone, or they are in several coarse
     classes by now.
     """
-    votes = [region for region in result if is_vote(region, config)]
+    votes = [in_todays_words(region, config) for region in votes_of(result, config)]
     if not votes:
         return None
     found: NDArray[np.uint8] = np.full((work[1], work[0]), UNKNOWN, np.uint8)
@@ -434,7 +434,7 @@ def coarse_mask(result: list[dict[str, Any]], config: ProjectConfig, work: tuple
     order = np.full(256, UNKNOWN, np.uint8)
     order[: len(names)] = [*range(len(config.classes.coarse)), MIXED]
     for control in filter(None, (config.coarse, config.fine)):
-        mask = to_mask([in_todays_words(region, config) for region in votes], control, work, names)
+        mask = to_mask(votes, control, work, names)
         found = np.where(mask == UNLABELLED, found, order[mask]).astype(np.uint8)
     return found
 
@@ -446,6 +446,6 @@ def in_todays_words(region: Mapping[str, Any], config: ProjectConfig) -> Mapping
         return region  # `to_mask` says what is wrong with it
     [label] = labels
     coarse = config.coarse_of(fine_classes(region, config))
-    mixed = region.get("from_name") != config.fine.name and label.startswith(MIXED_LABEL)
+    mixed = region.get("from_name") != config.fine.name and is_mixed(label)
     name = config.classes.coarse[coarse] if coarse is not None else MIXED_LABEL if mixed else ""
     return {**region, "value": {kind: [name] if kind in LABELS else it for kind, it in region["value"].items()}}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from label_studio_sdk.label_interface.interface import LabelInterface
 
+from backend.attach import understand
 from backend.errors import ConfigError
 from backend.label_config import Control, parse, shares_names, with_coarse, without_coarse
 from model.classes import Classes
@@ -89,6 +91,7 @@ def test_groups_that_do_not_fit_are_refused(groups: dict[str, list[str]], senten
         (TEAM.replace("Image", "Text"), "no <Image> named 'picture'"),
         (TEAM.replace("$photo", "photo"), "it must be"),
         (TEAM.replace("Crop", "Weed"), "not distinct"),
+        (TEAM.replace("Crop", "Cr&#10;op"), "line break"),
         (TEAM.replace("</View>", '<PolygonLabels name="p" toName="picture"/></View>'), "several controls"),
         (TEAM.replace("</View>", OWN_COARSE.format('<Label value="A"/>')), "has no label Background"),
         (
@@ -152,6 +155,67 @@ def test_groups_that_were_written_down_follow_the_labels(
     named = {g: [classes.fine[c] for c in of] for g, of in zip(classes.coarse, classes.groups, strict=True)}
     assert named == expected
     assert config.regrouped == regrouped
+
+
+@pytest.mark.parametrize("recorded", [SOIL_AND_PLANTS, {"groups": SOIL_AND_PLANTS["groups"]}])
+def test_groups_given_anew_leave_unlabelled_pixels_unknown(recorded: dict[str, Any]) -> None:
+    xml = TEAM.replace('value="Soil"', 'value="Loam"')
+    plants = {"Plant": ["Crop", "Weed"]}
+    assert parse(xml, {"Earth": ["Loam"], **plants}, recorded).background == "Loam"
+    asked = parse(xml, {"Earth": ["background"], "Plant": ["Crop", "Weed", "Loam"]}, recorded)
+    assert asked.background == "", "somebody wants pixels without a region to be background"
+
+
+def test_the_order_of_groups_in_the_note_means_nothing() -> None:
+    xml = TEAM.replace('value="Soil"', 'value="Clay"')
+    groups = {"Plant": ["Crop", "Weed"], "Background": ["Loam"]}  # as PostgreSQL orders them
+    config = parse(xml, recorded={"groups": groups, "background": "Loam"})
+    assert (config.background, list(config.groups)) == ("Clay", ["Background", "Plant"])
+    added = PLANTS.replace('<Label value="Weed"/>', '<Label value="Weed"/><Label value="soil"/>')
+    groups = {"Plant": ["Crop", "Weed"], "Background": ["background"]}
+    assert parse(added, recorded={"groups": groups, "background": ""}).groups["Background"] == ["soil"]
+
+
+def test_a_note_holds_all_that_coarse_labels_ever_meant() -> None:
+    before = parse(TEAM, {"Earth": ["Soil"], "Plant": ["Crop", "Weed"]})
+    divided = parse(TEAM, {"Earth": ["Soil"], "Plant": ["Crop"], "Bad": ["Weed"]})
+    note = divided.note(before.note({}))
+    assert note["groups"] == {"Earth": ["Soil"], "Plant": ["Crop"], "Bad": ["Weed"]}
+    assert note["meant"] == {"Earth": ["Soil"], "Plant": ["Crop", "Weed"], "Bad": ["Weed"]}
+    config = parse(TEAM, recorded=note)
+    assert config.coarse_of(config.members("Plant", {})) is None, "an answer of before may mean Weed"
+    assert config.coarse_of(config.members("Plant", {"Plant": ["Crop"]})) == 1, "this one says that it does not"
+
+
+def test_the_teams_own_coarse_control_says_itself_what_its_labels_mean() -> None:
+    def own(*labels: str) -> str:
+        return TEAM.replace("</View>", OWN_COARSE.format("".join(labels)))
+
+    ground, mixed = '<Label value="Ground" classes="Soil"/>', '<Label value="Mixed"/>'
+    first = parse(own(ground, '<Label value="A" classes="Crop"/><Label value="B" classes="Weed"/>', mixed))
+    note = first.note({})
+    swapped = own(ground, '<Label value="A" classes="Weed"/><Label value="B" classes="Crop"/>', mixed)
+    renamed = own(ground, '<Label value="Crops" classes="Crop"/><Label value="B" classes="Weed"/>', mixed)
+    assert parse(swapped, recorded=note).groups == {"Ground": ["Soil"], "A": ["Weed"], "B": ["Crop"]}
+    assert parse(renamed, recorded=note).groups == {"Ground": ["Soil"], "Crops": ["Crop"], "B": ["Weed"]}
+    lacking = own(ground, '<Label value="Other"/>', mixed)
+    assert parse(lacking, recorded=note).coarse is None, "rounds go on"
+    with pytest.raises(ConfigError, match="has no label"):
+        understand(lacking, None, note)
+
+
+def test_names_of_coarse_classes_are_never_the_same() -> None:
+    xml = TEAM.replace('"Crop"', '"Weed: tall"').replace('"Weed"', '"tall"')
+    config = parse(xml, {"E": ["Soil"], "Plant": ["Weed: tall"], "Plant: Weed": ["tall"]})
+    assert len(set(config.coarse_names)) == 3
+    names = parse(TEAM, {"soil": ["Soil"], "soil (cluster)": ["Crop"], "P": ["Weed"]}).classes.coarse
+    assert len(set(names)) == 3
+
+
+def test_junk_in_the_note_stops_nothing() -> None:
+    for groups in ({"Earth": ["Soil", "Soil"], "Plant": ["Crop", "Weed"]}, {"Mixed": ["Soil"], "Plant": ["Crop"]}, {}):
+        config = parse(TEAM, recorded={"groups": groups, "background": "Soil"})
+        assert sorted(config.classes.fine) == ["Crop", "Soil", "Weed"]
 
 
 def test_a_vanished_label_for_background_never_makes_unlabelled_pixels_background() -> None:

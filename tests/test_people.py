@@ -676,6 +676,7 @@ def test_classes_stay_right_when_the_label_config_changes(
         team.segment(task)
     before = team.wait(before)
     truth = {task: team.project.labels(task, team.project.config()) for task in tasks}
+    curve = team.project.store.read_json(team.project.key("curve.json"))
     names = team.project.config().classes.fine
     team.studio.patch_project(team.id, label_config=swapped(team, "".join(f'<Label value="{n}"/>' for n in labels)))
     team.wait(before)
@@ -690,6 +691,7 @@ def test_classes_stay_right_when_the_label_config_changes(
             assert (here == (255 if name in unknown else config.classes.fine.index(name))).all(), name
     model = team.project.store.read_json(team.project.key("model.json"))
     assert sorted(model["classes"]) == sorted(config.classes.fine), "learnt anew for these classes"
+    assert team.project.store.read_json(team.project.key("curve.json")) == curve, "no model has not seen these pictures"
     report = status(team.backend.context, team.id)
     assert [row["label"] for row in report["labels"] if row["why"] == "gone"] == (list(unknown) if unknown else [])
     fresh = set(labels) - set(names)
@@ -710,13 +712,15 @@ def test_classes_stay_right_when_the_label_config_changes(
 
 
 @pytest.mark.parametrize(
-    ("labels", "groups", "unknown"),
+    ("labels", "groups", "unknown", "bare"),
     [
-        (("weed", "soil", "stone", "crop"), None, set()),
-        (("soil", "crop", "thistle"), None, {"Plant"}),
-        (("soil", "crop"), None, {"Plant"}),
-        (("earth", "crop", "weed", "Mixed"), None, {"Soil"}),
-        (("soil", "crop", "weed"), {"Soil": ["soil"], "Plant": ["crop"], "Weed": ["weed"]}, {"Plant"}),
+        (("weed", "soil", "stone", "crop"), None, set(), True),
+        (("soil", "crop", "thistle"), None, {"Plant"}, False),
+        (("soil", "crop"), None, {"Plant"}, False),
+        (("soil", "crop"), None, {"Plant"}, True),
+        (("earth", "crop", "weed", "Mixed"), None, {"Soil"}, False),
+        (("soil", "crop", "weed"), {"Soil": ["soil"], "Plant": ["crop"], "Weed": ["weed"]}, {"Plant"}, False),
+        (("soil", "crop", "weed"), {"Soil": ["soil"], "Plant": ["crop"], "Weed": ["weed"]}, {"Plant"}, True),
     ],
 )
 def test_coarse_answers_stay_right_when_the_label_config_changes(
@@ -725,10 +729,12 @@ def test_coarse_answers_stay_right_when_the_label_config_changes(
     labels: tuple[str, ...],
     groups: dict[str, list[str]] | None,
     unknown: set[str],
+    bare: bool,
 ) -> None:
+    """With `bare` the answer does not say what its labels mean, as one that was drawn by hand."""
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
     team.attach()
-    mixed = answer_with_a_mixed_cluster(team)
+    mixed = answer_with_a_mixed_cluster(team, bare)
     before = team.coarse()
     team.settle()
     config, records = team.project.config(), [r for r in team.project.index().values() if r.coarse]
@@ -766,13 +772,15 @@ def test_coarse_answers_stay_right_when_the_label_config_changes(
         assert team.backend.context.board.error(team.id) is None
 
 
-def answer_with_a_mixed_cluster(team: Team) -> int:
+def answer_with_a_mixed_cluster(team: Team, bare: bool) -> int:
     """Give the next task its coarse answer, with one plant cluster called Mixed; the task."""
     task, before = answer(team), team.backend.round(team.id)
     given = task["annotations"][0]
     plants = [region for region in given["result"] if region["value"]["brushlabels"] == ["Plant"]]
     assert len(plants) > 1
     plants[0]["value"]["brushlabels"] = ["Mixed"]
+    for region in given["result"] if bare else []:
+        del region["meta"]["means"]
     team.studio.update_annotation(given["id"], given["result"])
     team.wait(before)
     team.settle()
@@ -784,8 +792,13 @@ def test_a_background_renamed_without_attach_makes_no_pixel_background(
 ) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), dict(list(pictures.items())[:3]))
     settings = team.backend.context.settings
+    crop, weed = '<Label value="crop"/>', '<Label value="weed"/>'
+    team.studio.patch_project(team.id, label_config=swapped(team, crop + weed))
     team.studio.connect_ml(url=settings.url, project=team.id, title="by hand")  # as on Label Studio's settings page
     before = team.wait()
+    team.studio.patch_project(team.id, label_config=swapped(team, '<Label value="soil"/>' + crop + weed))
+    before = team.wait(before)
+    team.settle()
     task = team.ranking()[0]
     regions = [r for r in team.annotator().full_result(task) if r["value"]["brushlabels"] != ["soil"]]
     team.studio.create_annotation(task, regions)
@@ -793,8 +806,7 @@ def test_a_background_renamed_without_attach_makes_no_pixel_background(
     was = team.project.labels(task, team.project.config())
     assert was is not None
     assert set(np.unique(was)) == {1, 2, IGNORE}
-    labels = '<Label value="crop"/><Label value="weed"/><Label value="loam"/>'
-    team.studio.patch_project(team.id, label_config=swapped(team, labels))
+    team.studio.patch_project(team.id, label_config=swapped(team, crop + weed + '<Label value="loam"/>'))
     team.wait(before)
     team.settle()
     config = team.project.config()
