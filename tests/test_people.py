@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from team import GROUPS, SEG, Team, shown, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
-from backend.attach import apply, plan
+from backend.attach import apply, detach, plan
 from backend.coarse_answers import copies_of, may_be_set_aside, original_of
 from backend.connection import SECRET_HEADER, keeper_account, note_of, our_backend, write_note
 from backend.errors import InUseError
@@ -444,6 +444,22 @@ def test_an_answer_is_found_when_its_copy_was_deleted(
     assert read(team, given["task"]).stage == "full"
     row = annotations(team)[given["id"]]
     assert (row["result"], row["was_cancelled"], row["completed_by"]) == (whole, False, given["completed_by"])
+
+
+def test_a_detach_gives_back_what_was_handed_to_an_account_that_is_gone(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    team.attach()
+    given = set_aside_by_a_round(team, make_user("anna"))
+    team.backend.context.board.stop(team.id)
+    team.studio.delete_user(int(team.project.extra()["keeper"]))
+    assert annotations(team)[given["id"]]["completed_by"] is None
+    known = {"note": team.project.extra(), "kept": team.project.coarse_answers()}
+    list(detach(team.studio, team.id, team.backend.context.settings, "keep", **known))
+    row = annotations(team)[given["id"]]
+    assert {**lasting(row), "parent_prediction": None} == {**lasting(given), "parent_prediction": None}
+    assert (row["was_cancelled"], row["completed_by"]) == (False, given["completed_by"])
 
 
 def test_answers_that_cannot_be_set_aside_cost_only_themselves(
