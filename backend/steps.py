@@ -243,11 +243,18 @@ def flag_steps(found: Found) -> Iterator[Step]:
     """Set sampling and its companions; the version in force once there is a ranking."""
     wanted: dict[str, Any] = {flag: value for flag, value in FLAGS.items() if found.project[flag] != value}
     title = found.ours["title"] if found.ours else ""
-    if title and found.project["model_version"] != title and title in found.studio.versions(found.id):
+    served, versions = found.project["model_version"] or "", found.studio.versions(found.id) if title else {}
+    if served != title and title in versions and not (served in versions and is_newer(served, title)):
         wanted["model_version"] = title
     if wanted:
         text = ", ".join(f"{flag} = {value} (now {found.project[flag]})" for flag, value in wanted.items())
         yield Step(f"Set {text}.", lambda: found.studio.patch_project(found.id, **wanted))
+
+
+def is_newer(version: str, title: str) -> bool:
+    """Whether a version is an order of ours after the one that our ML backend is named for: it gets its name later."""
+    numbers = [int(name.rpartition("-")[2]) for name in (version, title) if OURS.fullmatch(name)]
+    return len(numbers) == 2 and numbers[0] > numbers[1]
 
 
 def webhook_steps(found: Found) -> Iterator[Step]:

@@ -366,6 +366,11 @@ def test_versions_of_others_stay(door: LabelStudio, project: int, settings: Sett
     door.patch_ml(ours["id"], **attach.credentials(settings, project), title="first-row-4")
     assert attach.check(door, project, settings) == ["Set model_version = first-row-4 (now theirs)."]
     attach.apply(attach.plan(door, project, settings))
+    door.import_predictions(project, [{**row, "model_version": "first-row-5"} for row in rows])
+    door.patch_project(project, model_version="first-row-5")  # a new order, before our ML backend has its name
+    assert attach.check(door, project, settings) == []
+    door.patch_project(project, model_version="first-row-4")
+    door.delete_version(project, "first-row-5")
     said = list(attach.detach(door, project, settings))
     assert "Delete 3 predictions of 'first-row-4'." in said
     assert state(door, project) == before

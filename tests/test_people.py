@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from team import GROUPS, SEG, Team, saved, shown, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
-from backend.attach import apply, plan
+from backend.attach import apply, detach, plan
 from backend.coarse_answers import copies_of, may_be_set_aside, original_of
 from backend.connection import SECRET_HEADER, keeper_account, note_of, our_backend, write_note
 from backend.errors import InUseError
@@ -508,6 +508,22 @@ def test_a_skip_of_what_is_set_aside_stays_its_authors(
     assert (row["ground_truth"], row["result"]) == (False, given["result"])
 
 
+def test_a_detach_gives_back_what_was_handed_to_an_account_that_is_gone(
+    share_backend: Share, make_user: User, pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    team.attach()
+    given = set_aside_by_a_round(team, make_user("anna"))
+    team.backend.context.board.stop(team.id)
+    team.studio.delete_user(int(team.project.extra()["keeper"]))
+    assert annotations(team)[given["id"]]["completed_by"] is None
+    known = {"note": team.project.extra(), "kept": team.project.coarse_answers()}
+    list(detach(team.studio, team.id, team.backend.context.settings, "keep", **known))
+    row = annotations(team)[given["id"]]
+    assert {**lasting(row), "parent_prediction": None} == {**lasting(given), "parent_prediction": None}
+    assert (row["was_cancelled"], row["completed_by"]) == (False, given["completed_by"])
+
+
 def test_answers_that_cannot_be_set_aside_cost_only_themselves(
     share_backend: Share, make_user: User, pictures: Pictures
 ) -> None:
@@ -676,7 +692,7 @@ def test_classes_stay_right_when_the_label_config_changes(
         team.segment(task)
     before = team.wait(before)
     truth = {task: team.project.labels(task, team.project.config()) for task in tasks}
-    curve = team.project.store.read_json(team.project.key("curve.json"))
+    curve = team.project.store.read_json(team.project.key("curve.json")) or []
     names = team.project.config().classes.fine
     team.studio.patch_project(team.id, label_config=swapped(team, "".join(f'<Label value="{n}"/>' for n in labels)))
     team.wait(before)
@@ -691,14 +707,18 @@ def test_classes_stay_right_when_the_label_config_changes(
             assert (here == (255 if name in unknown else config.classes.fine.index(name))).all(), name
     model = team.project.store.read_json(team.project.key("model.json"))
     assert sorted(model["classes"]) == sorted(config.classes.fine), "learnt anew for these classes"
-    assert team.project.store.read_json(team.project.key("curve.json")) == curve, "no model has not seen these pictures"
+    now_curve = team.project.store.read_json(team.project.key("curve.json")) or []
+    assert now_curve == curve, "no model has not seen these pictures"
     report = status(team.backend.context, team.id)
     assert [row["label"] for row in report["labels"] if row["why"] == "gone"] == (list(unknown) if unknown else [])
     fresh = set(labels) - set(names)
     assert {row["label"] for row in report["labels"] if row["why"] == "new"} == fresh
     for name in unknown:
-        says = f"Label {name!r} is in the annotations of 2 tasks but not in the label config: those pixels count as "
-        says += "unknown. Was it renamed? Then relabel these regions, or give the label its old name back."
+        says = f"Label {name!r} is not in the label config any more, but 2 tasks have it, or coarse labels that "
+        says += (
+            "stood for it: those pixels count as unknown. Was it renamed? Then give it its old name back, or relabel "
+        )
+        says += "these regions."
         assert says in shown(report)
     for name in fresh:
         group = config.classes.coarse[config.classes.coarse_of()[config.classes.fine.index(name)]]
