@@ -88,6 +88,12 @@ class LabelStudio:
         """Some settings of a project; cheaper than all of `project`."""
         return dict(self.http.call("GET", f"/api/projects/{project}/", params={"include": ",".join(["id", *names])}))
 
+    def used_controls(self, project: int) -> set[str]:
+        """Names of the controls that annotations and drafts use: Label Studio refuses a label config without them."""
+        row = self.http.call("GET", f"/api/projects/{project}/summary/")
+        drawn = {str(name).partition("|")[0] for name in row["created_annotations"]}
+        return drawn | set(row["created_labels"]) | set(row["created_labels_drafts"])
+
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""
         body = {"title": title, "label_config": label_config, **settings}
