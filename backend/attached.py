@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from backend.coarse_answers import COARSE_COPY
+from backend.coarse_answers import COARSE_COPY, said_since
 from backend.connection import keeper_account, note_of, our_backend
 from backend.errors import ConfigError
 from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio, Row
 from backend.settings import Settings
 
+#: How long somebody may have open what was served or saved; Label Studio holds a served task as long.
+OPEN = timedelta(hours=24)
 #: Tasks after which a step says how far it is.
 PAGE = 20
 
 Run = Callable[[], Iterable[str]]
-#: What the store keeps of answers that were set aside, by annotation: `task` and `annotation` as it was given.
+#: What the store keeps of answers that were set aside, by annotation, see `record_of`.
 Kept = Mapping[int, Mapping[str, Any]]
 T = TypeVar("T")
 
@@ -45,6 +48,7 @@ class Attached:
             if nobody knows.
         config: what the label config means; None if it cannot be used.
         kept: what the store has of answers that were ever set aside.
+        annotated: ids of the tasks with annotations, also skipped ones, and when something of each was changed last.
         answers: ids of the tasks that may have coarse answers; they are read page by page, for all may be too large.
         unreadable: tasks that Label Studio cannot show; grows as more are found.
     """
@@ -58,6 +62,7 @@ class Attached:
     keeper: int
     config: ProjectConfig | None
     kept: Kept
+    annotated: Mapping[int, str]
     answers: Sequence[int] = ()
     unreadable: set[int] = field(default_factory=set)
 
@@ -69,6 +74,10 @@ class Attached:
     def given(self, annotation: int) -> Row:
         """An answer that was ever set aside as it was given; empty where the store has none."""
         return dict(self.kept.get(annotation, {}).get("annotation", {}))
+
+    def said(self, annotation: Row, original: Row) -> dict[str, bool]:
+        """What a person has said of an answer after it was set aside, see `said_since`."""
+        return said_since(annotation, original, self.kept.get(int(annotation["id"]), {}).get("left", {}))
 
 
 def look(
@@ -94,8 +103,14 @@ def look(
     account = keeper_account(studio, project)
     keeper = int(written.get("keeper") or account)
     config = config_of(studio, project, written)
-    here = Attached(studio, settings, project, ours, written, account, keeper, config, kept or {})
-    return replace(here, answers=sorted(tasks_to_read(here, every)))
+    rows = list(studio.tasks(project))
+    annotated = {
+        int(row["id"]): str(row["updated_at"])
+        for row in rows
+        if row.get("total_annotations") or row.get("cancelled_annotations")
+    }
+    here = Attached(studio, settings, project, ours, written, account, keeper, config, kept or {}, annotated)
+    return replace(here, answers=sorted(tasks_to_read(here, rows, every)))
 
 
 def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> ProjectConfig | None:
@@ -106,9 +121,8 @@ def config_of(studio: LabelStudio, project: int, note: Mapping[str, Any]) -> Pro
         return None
 
 
-def tasks_to_read(here: Attached, every: bool) -> set[int]:
+def tasks_to_read(here: Attached, rows: Sequence[Row], every: bool) -> set[int]:
     """Tasks that can have a coarse answer, by what a light listing tells."""
-    rows = list(here.studio.tasks(here.id))
     found = tasks_aside(here)
     skipped = {int(row["id"]) for row in rows if row.get("cancelled_annotations")}
     found |= skipped if every else skipped & tasks_of(here.kept)
@@ -130,6 +144,11 @@ def tasks_aside(here: Attached) -> set[int]:
 def tasks_of_keeper(here: Attached) -> set[int]:
     """Tasks with an annotation that is handed to our account."""
     return here.studio.tasks_annotated_by(here.id, here.account) if here.account else set()
+
+
+def opened_since() -> str:
+    """The earliest time, as Label Studio writes it, from which somebody may still have something open."""
+    return (datetime.now(UTC) - OPEN).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def readable(here: Attached, tasks: Iterable[int]) -> Iterator[Row]:

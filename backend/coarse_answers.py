@@ -314,16 +314,17 @@ def give_back(
     Returns:
         False where the author's account is gone: the annotation counts again, and stays the keeper's.
     """
-    fields = {"was_cancelled": False, "ground_truth": bool(original.get("ground_truth")), **more}
+    counts = {"was_cancelled": False, "ground_truth": bool(original.get("ground_truth"))}
     patch, by = change or partial(studio.patch_annotation, annotation), author(original)
-    try:
-        patch(**fields, **({"completed_by": by} if by else {}))
-    except LabelStudioError as error:
-        if error.status != 400 or not by:
-            raise
-        patch(**{**fields, "was_cancelled": False})
-        return False
-    return bool(by)
+    if by:
+        try:
+            patch(**{**counts, **more, "completed_by": by})
+            return True
+        except LabelStudioError as error:
+            if error.status != 400:
+                raise
+    patch(**counts)
+    return False
 
 
 def labels_of(regions: Iterable[Region]) -> set[str]:

@@ -75,7 +75,7 @@ def plan_detach(
     if here.ours is None and not here.before and not is_left(here):
         return [*steps, Undo(f"Project {project} has no ML backend of ours.", list)]
     steps += [*undo_answers(here, coarse, file, ask), *undo_copies(here)]
-    steps += [*undo_predictions(here), *undo_config(here), *undo_settings(here)]
+    steps += [*undo_predictions(here), *undo_config(here, coarse), *undo_settings(here)]
     for tab in our_tabs(studio, project, here.before.get("views", [])):
         name = tab["data"]["title"]
         steps.append(Undo(f"Delete the Data Manager tab {name!r}.", does(studio.delete_view, int(tab["id"]))))
@@ -130,16 +130,34 @@ def undo_webhooks(here: Attached) -> Iterator[Undo]:
 # Label config, settings, account
 
 
-def undo_config(here: Attached) -> Iterator[Undo]:
-    """Put the label config back: as it was, or, if somebody changed it since, without our control."""
+def undo_config(here: Attached, coarse: Choice | None) -> Iterator[Undo]:
+    """Put the label config back: as it was, or, if somebody changed it since, without our control.
+
+    Args:
+        here: the project.
+        coarse: what becomes of coarse labels: those that are kept need the control.
+    """
     now, before = str(here.studio.project(here.id)["label_config"]), str(here.before.get("label_config", ""))
     if not before:
         why = "It was connected without `attach`" if here.ours else "Nobody knows what they were"
         yield Undo(f"{why}: sampling and label config stay as they are, but for a control of ours.", list)
     wanted = before if config_digest(now) == here.note.get("config", "") else cleaned(now, before)
-    if wanted != now:
-        text = "Take the control for coarse labels out of the label config."
-        yield Undo(text, lambda: restore_config(here, wanted))
+    if wanted == now:
+        return
+    needed = is_needed(here)
+    if needed and coarse == "keep":
+        yield Undo("The control for coarse labels stays in the label config: annotations that are kept need it.", list)
+        return
+    unless = needed or COARSE_COPY in here.studio.versions(here.id)  # from copies annotations may be made anew
+    more = ", unless annotations that are left need it" if unless else ""
+    text = f"Take the control for coarse labels out of the label config{more}."
+    yield Undo(text, lambda: restore_config(here, wanted))
+
+
+def is_needed(here: Attached) -> bool:
+    """Whether annotations use the control for coarse labels: Label Studio then refuses a label config without it."""
+    coarse = here.config.coarse if here.config else None
+    return coarse is not None and coarse.name in here.studio.used_controls(here.id)
 
 
 def restore_config(here: Attached, wanted: str) -> Iterator[str]:

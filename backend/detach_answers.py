@@ -43,7 +43,10 @@ class Found:
         count: how many there are.
         aside: how many tasks have one that is set aside, or a copy.
         names: what tells each from others.
-        changed: how many were changed after they were set aside.
+        changed: how many were changed, skipped or marked after they were set aside.
+        skipped: how many of these were skipped.
+        drafted: how many that are set aside have a draft.
+        gone: how many are left as copies alone.
         staying: how many stay for another reason when the others go to a file.
     """
 
@@ -51,6 +54,9 @@ class Found:
     aside: int = 0
     names: set[int | str] = field(default_factory=set)
     changed: int = 0
+    skipped: int = 0
+    drafted: int = 0
+    gone: int = 0
     staying: int = 0
 
 
@@ -82,7 +88,7 @@ def undo_answers(here: Attached, coarse: Choice | None, file: Path | None, ask: 
     elif coarse == "file" and file is not None:
         yield from plan_file(here, found, file)
     else:
-        yield plan_keep(here, found)
+        yield from plan_keep(here, found)
 
 
 def find_answers(here: Attached) -> Found:
@@ -93,20 +99,28 @@ def find_answers(here: Attached) -> Found:
         found.count += len(answers)
         found.aside += bool(copies_of(task) or set_aside(here, task))
         found.names |= set(map(name_of, answers))
+        aside = set_aside(here, task)
+        found.skipped += sum("was_cancelled" in here.said(*pair) for pair in aside)
+        found.drafted += sum(row["id"] in drafts for row, _ in aside)
+        found.gone += len(missing(task))
         for _, _, reason in staying(here, task, drafts):
             found.changed += reason == CHANGED
             found.staying += reason != CHANGED
     return found
 
 
-def plan_keep(here: Attached, found: Found) -> Undo:
+def plan_keep(here: Attached, found: Found) -> Iterator[Undo]:
     """Coarse labels stay annotations, or become ones again."""
     if not found.aside:
-        return Undo(f"Leave {found.count} coarse labels where they are, as annotations.", list)
-    return Undo(
+        yield Undo(f"Leave {found.count} coarse labels where they are, as annotations.", list)
+        return
+    yield from notes(found)
+    if found.gone:
+        text = f"{found.gone} coarse labels are left as copies alone: they are made anew, with new ids and times."
+        yield Undo(text, list)
+    yield Undo(
         f"Give the coarse labels of {found.aside} tasks back to their authors, as annotations with their ids, regions, "
-        "lead and creation times. Their `updated_at` and `updated_by` change, and that they began from a prelabel of "
-        "ours (`parent_prediction`) may be forgotten; what earlier releases had deleted gets new ids and times.",
+        "lead and creation times. Their `updated_at` and `updated_by` change.",
         lambda: one_by_one(readable(here, here.answers), len(here.answers), partial(answers_back, here)),
     )
 
@@ -120,10 +134,27 @@ def plan_file(here: Attached, found: Found, file: Path) -> Iterator[Undo]:
         yield Undo(text, list)
     if found.staying:
         yield Undo(f"Leave {found.staying} coarse labels as annotations: they have a draft or a comment.", list)
+    yield from notes(found)
     count = found.count - found.changed - found.staying
-    text = f"Save {count} coarse labels to {file}, then delete them; their tasks are free again."
+    text = (
+        f"Save {count} coarse labels to {file}, then delete them; their tasks are free again. Their ids and times are "
+        "then in the file alone: imported again, they get new ones."
+    )
     text = text if count else "No other coarse labels are left to save."
     yield Undo(text, lambda: answers_to_file(here, file))
+
+
+def notes(found: Found) -> Iterator[Undo]:
+    """What else becomes of coarse labels that are given back."""
+    if found.skipped:
+        text = f"{found.skipped} coarse labels were skipped by people while they were set aside: they stay skipped."
+        yield Undo(text, list)
+    if found.drafted:
+        yield Undo(
+            f"{found.drafted} coarse labels that are set aside have drafts. Label Studio deletes these at any change: "
+            "they are made anew, as drafts of the user whose key we have.",
+            list,
+        )
 
 
 # What is there
@@ -169,16 +200,23 @@ def orphans(task: Row) -> list[Row]:
     return [copy for copy in copies_of(task) if original_of(copy).get("id") not in present]
 
 
+def missing(task: Row) -> list[Row]:
+    """Answers of a task of which only a copy is left, but for those that a detach which died has made again."""
+    there = [names_of(row) for row in task["annotations"]]
+    return [original for original in map(original_of, orphans(task)) if names_of(original) not in there]
+
+
 def answers_of(here: Attached, task: Row) -> list[Row]:
     """All coarse answers of a task as people gave them, each once; those that were changed since as they are now."""
     given = {int(row["id"]): row for row in active(task) if is_answer(row, here.config)}
-    given |= {int(row["id"]): as_given(row, original) for row, original in set_aside(here, task)}
+    given |= {int(row["id"]): as_given(here, row, original) for row, original in set_aside(here, task)}
     return [*given.values(), *(original_of(copy) for copy in orphans(task))]
 
 
-def as_given(annotation: Row, original: Row) -> Row:
-    """An annotation that was set aside as its author gave it; with what it says now, if that was changed."""
-    return original if original and digest(original) == digest(annotation) else {**annotation, **of_author(original)}
+def as_given(here: Attached, annotation: Row, original: Row) -> Row:
+    """An annotation that was set aside as its author gave it; with what people have said of it since."""
+    same = bool(original) and digest(original) == digest(annotation)
+    return {**(original if same else {**annotation, **of_author(original)}), **here.said(annotation, original)}
 
 
 def of_author(original: Row) -> dict[str, Any]:
@@ -196,11 +234,9 @@ def answers_back(here: Attached, task: Row) -> Iterator[str]:
         if reason := back(here, row, original):
             stuck.add(row["id"])
             yield f"Task {task['id']}: {reason}"
-    for copy in orphans(task):
-        original = original_of(copy)
-        if not any(names_of(row) == names_of(original) for row in task["annotations"]):
-            by = author(original)
-            here.studio.create_annotation(task["id"], original["result"], **({"completed_by": by} if by else {}))
+    for original in missing(task):
+        by = author(original)
+        here.studio.create_annotation(task["id"], original["result"], **({"completed_by": by} if by else {}))
     delete_copies(here, task, stuck)
 
 
@@ -210,9 +246,10 @@ def back(here: Attached, annotation: Row, original: Row) -> str:
     Label Studio deletes an annotation's drafts at any change of it: they are made anew, as drafts of the key's user.
     """
     number, task, studio = int(annotation["id"]), int(annotation["task"]), here.studio
+    said = here.said(annotation, original)
     try:
         drafts = [row for row in studio.drafts(task) if row.get("annotation") == number]
-        give_back(studio, number, original)
+        give_back(studio, number, original, None, **said)
         for draft in drafts:
             studio.create_draft(task, number, draft.get("result") or [], float(draft.get("lead_time") or 0))
         now = studio.annotation(number)
@@ -220,7 +257,7 @@ def back(here: Attached, annotation: Row, original: Row) -> str:
         if error.status != 404:
             raise
         return ""  # somebody has deleted it
-    if now["was_cancelled"]:
+    if now["was_cancelled"] and not said.get("was_cancelled"):
         return f"annotation {number} is still set aside."
     if here.account and author(now) == here.account:
         return f"annotation {number} counts again, under our account: its author is gone, or not known."
@@ -273,7 +310,7 @@ def staying(here: Attached, task: Row, drafts: set[int]) -> Iterator[tuple[Row, 
                 yield row, original, "somebody has a draft of it"
             elif commented(task) or commented(row):
                 yield row, original, "it has comments"
-            elif row["id"] in aside and digest(row) != digest(original):
+            elif row["id"] in aside and (digest(row) != digest(original) or here.said(row, original)):
                 yield row, original, CHANGED
 
 

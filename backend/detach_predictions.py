@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from math import isclose
 
-from backend.attached import PAGE, Attached, Undo, does, readable
+from backend.attached import PAGE, Attached, Undo, does, opened_since, readable
 from backend.connection import OURS
 from backend.generations import AT_ONCE, QUEUE
 from backend.labelstudio import Row
-
-#: How long Label Studio holds a served task for a person, who may submit what they began from a prelabel of ours.
-OPEN = timedelta(hours=24)
 
 
 def undo_predictions(here: Attached) -> Iterator[Undo]:
     """Delete our rank predictions and prelabels, not versions that were there before us.
 
-    A prelabel that somebody may have open is moved to a project of its own first: Label Studio refuses what was begun
-    from a prediction that is gone.
+    A prelabel that somebody may have open is moved to a project of its own first, also where they go on with what they
+    have submitted: Label Studio refuses what was begun from a prediction that is gone.
     """
-    studio, before = here.studio, here.before.get("versions", [])
-    for bin_project in old_bins(here):
+    studio, before, bins = here.studio, here.before.get("versions", []), old_bins(here)
+    sizes = {v: n for v, n in studio.versions(here.id).items() if OURS.fullmatch(v) and v not in before}
+    if here.annotated and (bins or sizes):
+        yield Undo(
+            "Annotations that began from a prediction that is deleted below forget which it was (`parent_prediction`); "
+            "of a prelabel that is moved, once that is deleted.",
+            list,
+        )
+    for bin_project in bins:
         text = f"Delete the project {bin_project['title']!r}: nobody has its prelabels open any more."
         yield Undo(text, does(studio.delete_project, int(bin_project["id"])))
-    sizes = {v: n for v, n in studio.versions(here.id).items() if OURS.fullmatch(v) and v not in before}
     opened, others = survey(here, sizes)
     if opened:
         yield Undo(
             f"Move {len(opened)} prelabels that people may have open to a project {bin_title(here)!r}, so that they "
-            "can submit their work; delete that project tomorrow, or detach again then.",
+            "can submit and update their work; delete that project tomorrow, or detach again then.",
             lambda: park(here, opened),
         )
     for version, count in sorted(sizes.items()):
@@ -70,23 +72,36 @@ def survey(here: Attached, sizes: Mapping[str, int]) -> tuple[list[int], dict[st
         sizes: versions that have names like ours.
 
     Returns:
-        Ids of ours on unlabelled tasks that were served in the last day, or that somebody has a draft of; and of each
-        version those that are not ours. Versions that `/setup` names, `seg-7`, are names that others give, too.
+        Ids of ours that people may have open; and of each version those that are not ours. Versions that `/setup`
+        names, `seg-7`, are names that others give, too.
     """
     opened, theirs, empty = [], {version: set[int]() for version in sizes}, {version: set[int]() for version in sizes}
-    since = (datetime.now(UTC) - OPEN).strftime("%Y-%m-%dT%H:%M:%S")
-    for task in readable(here, sorted(served(here, sizes))):
+    tasks = served(here, sizes) | lately_annotated(here) if sizes else set()
+    for task in readable(here, sorted(tasks)):
         rows = of_versions(task, sizes)
         for row in rows:
             if not row.get("result"):
                 empty[row["model_version"]].add(int(row["id"]))
             elif not made_by_us(row):
                 theirs[row["model_version"]].add(int(row["id"]))
-        ours = [row for row in rows if int(row["id"]) not in theirs[row["model_version"]]]
-        if not task.get("is_labeled") and any(str(row.get("created_at", "")) >= since for row in ours):
-            opened += [int(row["id"]) for row in ours if may_be_open(row)]
+        opened += opened_of(task, [row for row in rows if int(row["id"]) not in theirs[row["model_version"]]])
     others = {version: rows | empty[version] if rows else rows for version, rows in theirs.items()}
     return [number for number in opened if not any(number in rows for rows in others.values())], others
+
+
+def opened_of(task: Row, ours: Sequence[Row]) -> list[int]:
+    """Prelabels of a task that people may have open: it was served lately, or what was begun from one was saved."""
+    since = opened_since()
+    begun = [row for row in task.get("annotations") or [] if str(row.get("updated_at", "")) >= since]
+    parents = {row.get("parent_prediction") for row in begun}
+    fresh = not task.get("is_labeled") and any(str(row.get("created_at", "")) >= since for row in ours)
+    return [int(row["id"]) for row in ours if row["id"] in parents or (fresh and may_be_open(row))]
+
+
+def lately_annotated(here: Attached) -> set[int]:
+    """Tasks with an annotation that somebody may still have open in an editor."""
+    since = opened_since()
+    return {task for task, changed in here.annotated.items() if changed >= since}
 
 
 def served(here: Attached, sizes: Mapping[str, int]) -> set[int]:
@@ -144,6 +159,5 @@ def bin_title(here: Attached) -> str:
 
 def old_bins(here: Attached) -> list[Row]:
     """Such projects of former detaches that nobody needs any more."""
-    limit = (datetime.now(UTC) - OPEN).strftime("%Y-%m-%dT%H:%M:%S")
     rows = here.studio.projects(bin_title(here))
-    return [row for row in rows if row["title"] == bin_title(here) and str(row["created_at"]) < limit]
+    return [row for row in rows if row["title"] == bin_title(here) and str(row["created_at"]) < opened_since()]

@@ -64,7 +64,9 @@ def all_rows(here: Attached) -> Iterator[Row]:
 def coarse_of(here: Attached, task: Row) -> list[Row]:
     """Annotations of a task with a coarse label, also skipped ones and those with other labels beside it."""
     aside = {int(row["id"]): original for row, original in set_aside(here, task)}
-    rows = [as_given(row, aside[row["id"]]) if row["id"] in aside else row for row in task.get("annotations") or []]
+    rows = [
+        as_given(here, row, aside[row["id"]]) if row["id"] in aside else row for row in task.get("annotations") or []
+    ]
     found = [row for row in rows if has_coarse(here, row) or row["id"] in aside]
     return [*found, *(original_of(copy) for copy in orphans(task))]
 

@@ -92,6 +92,12 @@ class LabelStudio:
         """The version of predictions that a project is sorted by and shows; empty without one."""
         return str(self.some_settings(project, "model_version")["model_version"] or "")
 
+    def used_controls(self, project: int) -> set[str]:
+        """Names of the controls that annotations and drafts use: Label Studio refuses a label config without them."""
+        row = self.http.call("GET", f"/api/projects/{project}/summary/")
+        drawn = {str(name).partition("|")[0] for name in row["created_annotations"]}
+        return drawn | set(row["created_labels"]) | set(row["created_labels_drafts"])
+
     def create_project(self, title: str, label_config: str, **settings: object) -> Row:
         """Create a project."""
         body = {"title": title, "label_config": label_config, **settings}

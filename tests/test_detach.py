@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, cannot_be_shown
-from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read
+from team import GROUPS, SEG, Team, cannot_be_shown, saved
+from test_attach import STAYS
+from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read, set_aside_by_a_round
 
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.answers_file import CHUNK, OURS, saved_before, write_answers
 from backend.attached import PAGE, look
 from backend.cli import main
-from backend.coarse_answers import COARSE_COPY, copies_of, copy_of, digest
+from backend.coarse_answers import copies_of, digest
 from backend.connection import keeper_account, keeper_address
 from backend.detach_answers import delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
@@ -30,7 +31,7 @@ from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
 from backend.label_config import parse, with_coarse
 from backend.labelstudio import LabelStudio
-from backend.publish import reopen
+from backend.publish import reopen, set_aside
 from backend.settings import Settings
 
 Pictures = dict[Path, NDArray[np.uint8]]
@@ -80,11 +81,14 @@ def answers(team: Team, person: LabelStudio, tasks: list[int]) -> list[Row]:
 
 def aside(team: Team, given: list[Row]) -> None:
     """Set answers aside, as a round does."""
-    keeper, project = keeper_account(team.studio, team.id), team.project
+    board, keeper = team.backend.context.board, keeper_account(team.studio, team.id)
+    board.redis.set(f"firstrow:{team.id}:busy", "this test")  # no round begins
+    board.register(team.id)
     for row in given:
-        project.store.write_json(project.coarse_answer_key(row["id"]), {"task": row["task"], "annotation": row})
-        team.studio.create_prediction(row["task"], copy_of(row), COARSE_COPY)
-        team.studio.patch_annotation(row["id"], was_cancelled=True, completed_by=keeper)
+        task = team.studio.task(row["task"], team.id)
+        assert set_aside(team.backend.context, team.project, task, row, keeper)
+    board.stop(team.id)
+    board.redis.delete(f"firstrow:{team.id}:busy")
 
 
 def delete_copies(team: Team, tasks: list[int]) -> None:
@@ -129,8 +133,12 @@ def test_only_what_is_as_it_was_given_goes_to_a_file(
     planned = capsys.readouterr().out
     assert "Give 2 coarse labels that were changed after they were set aside back to their authors first." in planned
     assert "Leave 3 coarse labels as annotations: they have a draft or a comment." in planned
+    assert "1 coarse labels that are set aside have drafts." in planned
+    assert "made anew, as drafts of the user whose key we have" in planned
+    assert "Their ids and times are then in the file alone: imported again, they get new ones." in planned
     assert run(team, "detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)) == 0
     said = capsys.readouterr().out
+    assert "Kept the control for coarse labels: annotations use it" in said
     left = annotations(team)
     assert set(left) == {full["id"], drawn["id"], drafted["id"], talked["id"]}
     changed = left[full["id"]]
@@ -142,12 +150,16 @@ def test_only_what_is_as_it_was_given_goes_to_a_file(
     assert anna.http.raw("GET", f"/api/drafts/{drafts[1]['id']}/").status_code == 200, "not even touched"
     [again] = team.studio.drafts(drawn["task"])
     assert (again["annotation"], again["result"]) == (drawn["id"], whole), "made anew: Label Studio deletes it"
-    saved = {row["id"]: row for task in json.loads(file.read_text()) for row in task["annotations"]}
-    assert set(saved) == {same["id"], bare["id"], half["id"], plain["id"]}
-    assert len(saved[half["id"]]["result"]) == 1
-    assert {row["completed_by"] for row in saved.values()} == {anna.whoami()["id"]}
+    filed = {row["id"]: row for task in json.loads(file.read_text()) for row in task["annotations"]}
+    assert set(filed) == {same["id"], bare["id"], half["id"], plain["id"]}
+    assert len(filed[half["id"]]["result"]) == 1
+    assert {row["completed_by"] for row in filed.values()} == {anna.whoami()["id"]}
     assert keeper_account(team.studio, team.id) == 0
     assert (around(team)["backends"], around(team)["versions"]) == (0, {})
+    anna.patch_annotation(full["id"], **saved(full, result=whole[:1]))  # editors that are still open
+    assert annotations(team)[full["id"]]["result"] == whole[:1]
+    gone = anna.http.raw("PATCH", f"/api/annotations/{same['id']}/", json=saved(same)).status_code
+    assert gone == 404, "what it began from is in the file"
     here, number = look(team.studio, team.id, team.backend.context.settings), int(talked["id"])
     seen = team.studio.annotation(number)
     for change in (
@@ -211,6 +223,52 @@ def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_sh
         assert kept["result"]
         assert keeper_account(team.studio, team.id), "it still has an annotation"
     assert "still handed to it" in capsys.readouterr().out
+
+
+def test_what_people_say_of_answers_while_they_are_set_aside_stays(
+    team: Team, make_user: Callable[[str], LabelStudio], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anna, ben, project, file = make_user("anna"), make_user("ben"), ["--project", str(team.id)], tmp_path / "c.json"
+    given = answers(team, anna, list(team.masks)[:6])
+    skipped, bare, updated, marked, plain, saved_too = given
+    aside(team, given[:5])
+    for row in (skipped, bare):
+        anna.patch_annotation(row["id"], **saved(row, was_cancelled=True))  # in an editor that has it open
+    delete_copies(team, [bare["task"]])
+    half = updated["result"][:1]
+    anna.patch_annotation(updated["id"], **saved(updated, result=half))
+    team.studio.patch_annotation(marked["id"], ground_truth=True)
+    own = ben.create_annotation(plain["task"], [], was_cancelled=True)
+    assert run(team, "export-coarse", *project, "--file", str(file)) == 0
+    exported = {row["id"]: row for task in json.loads(file.read_text()) for row in task["annotations"]}
+    for number in (skipped["id"], bare["id"]):
+        assert (exported[number]["was_cancelled"], exported[number]["completed_by"]) == (True, given[0]["completed_by"])
+    assert not exported[plain["id"]]["was_cancelled"]
+    for choice in ("keep", "file"):
+        dry = ["--dry-run", "--coarse", choice, "--file", str(tmp_path / "new.json")]
+        assert run(team, "detach", *project, *dry) == 0
+        planned = capsys.readouterr().out
+        assert "2 coarse labels were skipped by people while they were set aside: they stay skipped." in planned
+        assert (STAYS in planned) == (choice == "keep")
+        assert ("out of the label config, unless annotations that are left need it." in planned) == (choice == "file")
+        for words in ("have drafts", "left as copies alone"):
+            assert words not in planned
+        assert ("Give 4 coarse labels that were changed" in planned) == (choice == "file")
+    for _ in range(2):
+        assert run(team, "detach", *project, "--coarse", "keep") == 0
+        left = annotations(team)
+        for row in (skipped, bare):
+            now = left[row["id"]]
+            assert (now["was_cancelled"], now["completed_by"]) == (True, row["completed_by"]), "a skip of her own"
+            assert (now["result"], now["lead_time"]) == (row["result"], row["lead_time"] + 4.0)
+        now = left[updated["id"]]
+        assert (now["was_cancelled"], now["completed_by"], now["result"]) == (False, updated["completed_by"], half)
+        now = left[marked["id"]]
+        assert (now["was_cancelled"], now["ground_truth"], now["result"]) == (False, True, marked["result"])
+        assert is_as_given(left[plain["id"]], plain)
+        assert left[own["id"]]["was_cancelled"]
+        assert is_as_given(left[saved_too["id"]], saved_too)
+        assert keeper_account(team.studio, team.id) == 0
 
 
 def test_what_others_have_open_is_theirs_when_an_answer_is_set_aside(
@@ -346,6 +404,45 @@ def test_no_open_editor_loses_its_work_by_a_detach(
     assert len(parked) == 1
 
 
+def test_no_open_editor_loses_its_work_by_a_detach_that_keeps_coarse_labels(
+    share_backend: Share, make_user: Callable[[str], LabelStudio], pictures: Pictures
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:4]))
+    anna, ben = make_user("anna"), make_user("ben")
+    team.attach()
+    coarse = set_aside_by_a_round(team, anna)
+    served = ben.next_task(team.id)
+    assert served is not None
+    whole = team.annotator().full_result(served["id"])
+    full = ben.create_annotation(served["id"], whole, lead_time=9.0, **started_from(served))
+    assert coarse["parent_prediction"]
+    assert full["parent_prediction"]
+    part = {row["id"]: row["result"][:1] for row in (coarse, full)}
+    drafts = [
+        person.http.call(
+            "POST",
+            f"/api/tasks/{row['task']}/annotations/{row['id']}/drafts",
+            body={"result": part[row["id"]], "lead_time": 1.0},
+        )["id"]
+        for person, row in ((anna, coarse), (ben, full))
+    ]
+    team.settle()
+    assert run(team, "detach", "--project", str(team.id), "--coarse", "keep") == 0
+    assert not team.studio.versions(team.id)
+    assert not any(row["was_cancelled"] for row in annotations(team).values())
+    goes_on = {"result": part[coarse["id"]], "lead_time": 2.0}
+    assert anna.http.raw("PATCH", f"/api/drafts/{drafts[0]}/", json=goes_on).status_code == 404, "it has another id"
+    ben.http.call("PATCH", f"/api/drafts/{drafts[1]}/", body={"result": part[full["id"]], "lead_time": 2.0})
+    for person, row, draft in ((anna, coarse, drafts[0]), (ben, full, drafts[1])):
+        person.patch_annotation(row["id"], **saved(row, result=part[row["id"]], draft_id=draft))
+        now = annotations(team)[row["id"]]
+        assert (now["result"], now["was_cancelled"]) == (part[row["id"]], False)
+        assert now["completed_by"] == person.whoami()["id"]
+        person.patch_annotation(row["id"], **saved(row, result=part[row["id"]], was_cancelled=True))
+        now = annotations(team)[row["id"]]
+        assert (now["was_cancelled"], now["completed_by"]) == (True, person.whoami()["id"])
+
+
 def coarse_answers(team: Team) -> None:
     """Two coarse answers: one that is set aside, one that stands."""
     team.attach()
@@ -369,7 +466,9 @@ def test_detach_asks_what_becomes_of_coarse_labels(
     for choice in ("keep", "file"):
         dry = ["--dry-run", "--coarse", choice, "--file", str(file)]
         assert run(team, "detach", "--project", str(team.id), *dry) == 0
-        assert "Disconnect the ML backend" in capsys.readouterr().out
+        planned = capsys.readouterr().out
+        assert "Disconnect the ML backend" in planned
+        assert "forget which it was (`parent_prediction`)" in planned
     assert around(team) == attached
     assert run(team, "export-coarse", "--project", str(team.id), "--file", str(tmp_path / "all.json")) == 0
     rows = json.loads((tmp_path / "all.json").read_text())
