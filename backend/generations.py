@@ -1,7 +1,7 @@
 """Old rank predictions and prelabels: deleted when nobody can have them open any more.
 
-Label Studio's editor submits an annotation with the id of the prediction it started from, and refuses the annotation
-when that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the
+Label Studio's editor submits and updates an annotation with the id of the prediction it started from, and is refused when
+that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the
 head's, and what was fetched for a served task) by days, the many others by as long as a task may be open. What the
 editor needs of them is their id alone: after a while they are emptied and gathered under one version for some hours.
 """
@@ -212,10 +212,10 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
             return False
         page = left[start : start + PAGE]
         for task in with_predictions(ctx, project, page):
-            if task.get("annotations"):
-                continue  # submitted: the annotation does not need it any more
+            annotations = task.get("annotations") or []
+            begun = {annotation.get("parent_prediction") for annotation in annotations}  # updates name it again
             for prediction in task.get("predictions") or []:
-                if prediction.get("model_version") == version:
+                if prediction.get("model_version") == version and (not annotations or prediction["id"] in begun):
                     ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
         entry["gathered"] = page[-1]
     entry.pop("gathered", None)

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from backend.annotator import Annotator
 from backend.attach import apply, plan
+from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import ProjectConfig, parse
 from backend.labelstudio import LabelStudio
 from backend.project import Project
@@ -114,6 +116,24 @@ def wait_for(condition: Callable[[], object], seconds: float = 60, say: Callable
         time.sleep(0.02)
 
 
+def clean_old_orders(team: Team, version: str) -> None:
+    """Have every order be older than orders are kept, and three processes clean up at once, until a version is gone.
+
+    The worker cleans up, too, with the ages that it read before, and cleaners give way to jobs that wait.
+    """
+
+    def gone() -> bool:
+        history = team.project.store.read_json(team.project.key("generations.json"))
+        for entry in history.values():
+            entry["published"] = min(entry["published"], time.time() - KEEP_ORDERS - 60)
+        team.project.store.write_json(team.project.key("generations.json"), history)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: clean_generations(team.backend.context, team.project), range(3)))
+        return version not in team.studio.versions(team.id)
+
+    wait_for(gone, 60, lambda: f"{version} is not gone")
+
+
 def stages(team: Team) -> dict[int, str]:
     return {record.id: record.stage for record in team.project.index().values()}
 
@@ -128,7 +148,7 @@ def shown(found: Mapping[str, Any]) -> str:
 def saved(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """What Label Studio's editor sends when somebody updates an annotation that it has open, or skips it (`more`)."""
     return {
-        "lead_time": row["lead_time"] + 4.0,
+        "lead_time": (row["lead_time"] or 0.0) + 4.0,
         "result": row["result"],
         "draft_id": 0,
         "parent_prediction": row["parent_prediction"],

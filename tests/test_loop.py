@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import cv2
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 from conftest import Backend
 from numpy.typing import NDArray
-from team import Team, stages, wait_for
+from team import Team, clean_old_orders, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction
 from backend.coarse_answers import COARSE_COPY, copy_of
 from backend.connection import credentials
 from backend.embedded import start_serve, start_worker
-from backend.generations import KEEP_ORDERS, clean_generations, expired
+from backend.generations import KEEP_ORDERS, expired
 from backend.labelstudio import LabelStudio
 from backend.regions import fine_regions, to_mask
 from backend.score import read_scores
@@ -348,30 +347,13 @@ def test_work_begun_before_a_round_can_be_submitted_after_it(
         assert work is not None
         assert work.task != opened["id"]
         before = team.wait(before)
-    until = time.monotonic() + 60
-    # The worker cleans up, too, with the ages that it read before, and cleaners give way to jobs that wait.
-    while head["model_version"] in team.studio.versions(team.id):
-        assert time.monotonic() < until, "the order itself is gone"
-        clean_old_orders(team)
+    clean_old_orders(team, head["model_version"])
     kept = {p["id"]: p["model_version"] for p in team.studio.predictions(opened["id"])}
     assert {fetched["id"], head["id"]} <= set(kept)
     assert head["model_version"] not in kept.values()
     result = team.annotator().full_result(opened["id"])
     anna.create_annotation(opened["id"], result, parent_prediction=fetched["id"])
     anna.create_annotation(opened["id"], result, parent_prediction=head["id"])
-
-
-def clean_old_orders(team: Team) -> None:
-    """Have every order be older than orders are kept, and three processes clean up at once."""
-    history = team.project.store.read_json(team.project.key("generations.json"))
-    for entry in history.values():
-        entry["published"] = min(entry["published"], time.time() - KEEP_ORDERS - 60)
-    team.project.store.write_json(team.project.key("generations.json"), history)
-    cleaners = [Thread(target=clean_generations, args=(team.backend.context, team.project)) for _ in range(3)]
-    for cleaner in cleaners:
-        cleaner.start()
-    for cleaner in cleaners:
-        cleaner.join()
 
 
 def test_old_orders_go_and_what_may_be_open_stays() -> None:

@@ -22,14 +22,13 @@ import pytest
 import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, saved, shown, stages, wait_for
+from team import GROUPS, SEG, Team, clean_old_orders, saved, shown, stages, wait_for
 
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.attach import apply, detach, plan
 from backend.coarse_answers import copies_of, may_be_set_aside, original_of
 from backend.connection import SECRET_HEADER, keeper_account, note_of, our_backend, write_note
 from backend.errors import InUseError
-from backend.generations import KEEP_ORDERS, clean_generations
 from backend.label_config import parse
 from backend.labelstudio import LabelStudio
 from backend.project import TaskRecord
@@ -639,9 +638,16 @@ def test_no_open_editor_loses_its_work_by_a_new_order_or_by_cleaning_up(
     before = team.attach()
     team.segment(team.ranking()[0])
     before = team.wait(before)
-    people = [make_user(name) for name in ("anna", "ben", "chi")]
+    team.settle()
+    dora, *people = [make_user(name) for name in ("dora", "anna", "ben", "chi")]
+    looked_at = dora.next_task(team.id)  # prelabels of an earlier order, with which those of the next are gathered
+    assert looked_at is not None
+    team.segment(team.ranking()[-1])
+    before = team.wait(before)
+    team.settle()
     opened = [task for person in people if (task := person.next_task(team.id))]
-    begun = [{"parent_prediction": (shown_prediction(task) or {})["id"]} for task in opened]
+    prelabels = [prediction for task in opened if (prediction := shown_prediction(task))]
+    begun = [{"parent_prediction": prediction["id"]} for prediction in prelabels]
     [anna, ben, chi], [one, two, three] = people, [int(task["id"]) for task in opened]
     result = {task: team.annotator().full_result(task) for task in (one, two, three)}
     draft = anna.http.call("POST", f"/api/tasks/{one}/drafts", body={"result": result[one], "lead_time": 3, **begun[0]})
@@ -649,14 +655,10 @@ def test_no_open_editor_loses_its_work_by_a_new_order_or_by_cleaning_up(
     before = team.wait(before)  # a new order
     team.segment(next(task for task in team.ranking() if task not in (one, two, three)))
     team.wait(before)
-    history = team.project.store.read_json(team.project.key("generations.json"))
-    for entry in history.values():
-        entry["published"] -= KEEP_ORDERS + 60
-    team.project.store.write_json(team.project.key("generations.json"), history)
-    clean_generations(team.backend.context, team.project)
+    clean_old_orders(team, prelabels[1]["model_version"])
     anna.http.call("PATCH", f"/api/drafts/{draft['id']}/", body={"result": result[one], "lead_time": 4})
     anna.create_annotation(one, result[one], draft_id=draft["id"], **begun[0])
-    ben.update_annotation(early["id"], result[two][:1])
+    ben.patch_annotation(early["id"], **saved(early, result=result[two][:1]))
     chi.create_annotation(three, result[three], was_cancelled=True, **begun[2])  # a skip keeps what was drawn
     made = annotations(team)
     assert made[early["id"]]["result"] == result[two][:1]
