@@ -196,7 +196,7 @@ class Head:
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., C) of standardised features (..., D)."""
-        return features @ self.weights.T + self.bias
+        return F.linear(features, self.weights, self.bias)
 
     def probabilities(self, features: Tensor) -> Tensor:
         """(..., C) of standardised features (..., D)."""
