@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 #: Radius of the filter's windows in cells of the maps, and variance of colour (0 to 1) below which it blurs.
-RADIUS, EDGE = 4, 1e-5
+RADIUS, EDGE = 3, 1e-5
 
 
 def sharpen(probabilities: Floats, image: NDArray[np.uint8], radius: int = RADIUS, edge: float = EDGE) -> Floats:
