@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +22,25 @@ from model.features import Extractor, Maps, fit_scaling, spread_pixels
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
+    LEFT_OUT,
     Head,
     LabelledPixels,
     Sums,
     choose_pixels,
     coarse_sums,
+    fit,
     names_foreground,
     no_sums,
     solve,
-    temperature,
     weak_sums,
 )
-from model.masks import predict
+from model.masks import STRIDE, mask_of, predict
 from model.metrics import confusion
 from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
 from model.pixel_scores import score_pool
 from model.pool import Pool
 from model.pseudo import fine_target
+from model.sharpen import Guide, guide_of
 from model.strategies import DEFAULT, REFERENCES, STRATEGIES
 
 Map = NDArray[np.uint8]
@@ -122,7 +125,7 @@ class Experiment:
         self._annotations = self._annotate(extractor, images)
         self._maps = [kept(extractor.maps([image])) for image in images]
         tests = [(folder.image(name, size), folder.mask(name, size)) for name in folder.names("test")]
-        self._test = [(kept(extractor.maps([image])), mask) for image, mask in tests]
+        self._test = [Tested.of(kept(extractor.maps([image])), mask) for image, mask in tests]
         answers = no_sums((BACKGROUND, FOREGROUND), self._scaling.dimensions)
         for index in self.coarse.asked:
             answers = answers + self._coarse_answer(index)
@@ -178,7 +181,8 @@ class Experiment:
         if weak and self.coarse_head and len(labelled) <= WEAK_UNTIL:
             pixels = self.pool.features[:, :WEAK].flatten(0, 1).float()
             sums = sums + weak_sums(solve(sums), self.coarse_head, pixels, self.classes, 1 / len(labelled))
-        head = solve(sums).tempered(temperature([self._annotations[i] for i in labelled], sums))
+        few = labelled[:: max(1, len(labelled) // LEFT_OUT)][:LEFT_OUT]
+        head = fit([self._annotations[i] for i in few], sums, [self.sums(i) for i in few])
         return head, time.perf_counter() - begin
 
     def start(self, coarse: bool) -> Head:
@@ -270,10 +274,26 @@ class Experiment:
         """(C, C) confusion table summed over the test images, at full resolution."""
         count = len(self.classes.fine)
         table = np.zeros((count, count), np.int64)
-        for maps, mask in self._test:
-            known = np.where(mask < count, mask, IGNORE).astype(np.uint8)
-            table += confusion(predict(restored(maps), self._scaling, head)[0], known, count)
+        for image in self._test:
+            maps = restored(image.maps)
+            with torch.inference_mode():
+                logits = maps.logits(self._scaling, head.weights, head.bias, STRIDE)[0]
+            table += confusion(mask_of(logits, head, image.guide), image.mask, count)
         return table
+
+
+class Tested(NamedTuple):
+    """A test image: its maps, its colours made ready for sharpening, its mask (H, W)."""
+
+    maps: Maps
+    guide: Guide
+    mask: Map
+
+    @classmethod
+    def of(cls, maps: Maps, mask: Map) -> Tested:
+        """Made ready."""
+        size = math.ceil(maps.size[0] / STRIDE), math.ceil(maps.size[1] / STRIDE)
+        return cls(maps, guide_of(maps.images[0].numpy(), size), mask)
 
 
 def kept(maps: Maps) -> Maps:

@@ -242,20 +242,21 @@ def ridged(covariance: Tensor, images: int) -> Tensor:
     return covariance + strength * mean * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
-def fit(images: Sequence[LabelledPixels], sums: Sums) -> Head:
+def fit(images: Sequence[LabelledPixels], sums: Sums, own: Sequence[Sums] | None = None) -> Head:
     """A head whose probabilities can be believed: `solve` of the sums, divided by its temperature.
 
     Args:
         images: the labelled ones, or some of them.
         sums: of all labelled images, and of weak labels where there are any.
+        own: the sums of each of the images, if they are at hand.
 
     Raises:
         ValueError: there is no labelled pixel.
     """
-    return solve(sums).tempered(temperature(images, sums))
+    return solve(sums).tempered(temperature(images, sums, own))
 
 
-def temperature(images: Sequence[LabelledPixels], sums: Sums) -> float:
+def temperature(images: Sequence[LabelledPixels], sums: Sums, own: Sequence[Sums] | None = None) -> float:
     """What logits must be divided by, so that a head is as sure as it is right on images it has not learnt.
 
     A few images are left out in turn, each by subtracting its sums; the divisor with the least cross-entropy on all
@@ -264,13 +265,14 @@ def temperature(images: Sequence[LabelledPixels], sums: Sums) -> float:
     Args:
         images: the labelled ones, or some of them.
         sums: of all labelled images, and of weak labels where there are any.
+        own: the sums of each of the images, if they are at hand.
 
     Source: Guo et al. 2017, temperature scaling.
     """
     if sums.images < 2:
         return ALONE
-    step = max(1, len(images) // LEFT_OUT)
-    unseen = [left_out(image, sums) for image in images[::step][:LEFT_OUT]]
+    chosen = range(0, len(images), max(1, len(images) // LEFT_OUT))[:LEFT_OUT]
+    unseen = [left_out(images[i], own[i] if own else images[i].sums(sums.classes), sums) for i in chosen]
     logits, labels, weights = (torch.cat(parts) for parts in zip(*unseen, strict=True))
     if not len(labels):
         return ALONE
@@ -283,9 +285,9 @@ def temperature(images: Sequence[LabelledPixels], sums: Sums) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
 
 
-def left_out(image: LabelledPixels, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+def left_out(image: LabelledPixels, own: Sums, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (P, C), labels (P,) and weights (P,) of an image's pixels under the head of all other images."""
-    others = sums - image.sums(sums.classes)
+    others = sums - own
     if not others.labelled.any():
         return torch.zeros(0, len(sums.classes)), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     known = others.labelled[image.labels]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.features import Maps, Scaling
 from model.heads import NEVER, Head
-from model.sharpen import sharpen
+from model.sharpen import Guide, guide_of, sharpen
 
 #: Pixels of the image per logit before sharpening; finer ones are slower and no better.
 STRIDE = 4
@@ -27,8 +28,21 @@ def predict(maps: Maps, scaling: Scaling, head: Head) -> tuple[NDArray[np.uint8]
     """
     with torch.inference_mode():
         logits = maps.logits(scaling, head.weights, head.bias, STRIDE)[0]
-    labelled = np.flatnonzero((head.bias > NEVER).numpy())
-    sharpened = sharpen(logits[torch.from_numpy(labelled)].softmax(0).cpu().numpy(), maps.images[0].cpu().numpy())
+    guide = guide_of(maps.images[0].cpu().numpy(), (logits.shape[1], logits.shape[2]))
+    sharpened, labelled = sharpened_logits(logits, head, guide)
     best = sharpened.argmax(0)
-    confidence = np.clip(np.take_along_axis(sharpened, best[None], 0)[0], 0, 1)
-    return labelled.astype(np.uint8)[best], np.round(255 * confidence).astype(np.uint8)
+    confidence = np.clip(sharpened.max(0), 0, 1)
+    return labelled[best], np.round(255 * confidence).astype(np.uint8)
+
+
+def mask_of(logits: Tensor, head: Head, guide: Guide) -> NDArray[np.uint8]:
+    """(H, W) most probable class of every pixel of an image, by its coarse logits (C, h, w)."""
+    sharpened, labelled = sharpened_logits(logits, head, guide)
+    mask: NDArray[np.uint8] = labelled[sharpened.argmax(0)]
+    return mask
+
+
+def sharpened_logits(logits: Tensor, head: Head, guide: Guide) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Sharpened probabilities (L, H, W) of the classes that have a label, and which these are (L,)."""
+    labelled = head.bias > NEVER
+    return sharpen(logits[labelled].softmax(0).cpu().numpy(), guide), np.flatnonzero(labelled.numpy()).astype(np.uint8)
