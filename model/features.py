@@ -86,6 +86,8 @@ class Maps:
         Returns:
             (N, C, ceil(H / stride), ceil(W / stride)), each at the middle of its pixels.
         """
+        device = self.images.device
+        scaling, weights, bias = scaling.to(device), weights.to(device), bias.to(device)
         size = math.ceil(self.size[0] / stride), math.ceil(self.size[1] / stride)
         colour = colour_features(smoothed_grid(self.images, size)).permute(0, 3, 1, 2)
         total = bias.view(1, -1, 1, 1)
@@ -134,7 +136,7 @@ class Scaling:
         parts = zip(statistics, self.axes, torch.split(weights, components, 1), strict=True)
         return [StageHead(mean, deviation, axes @ part.T) for (mean, deviation), axes, part in parts]
 
-    def to(self, device: str) -> Scaling:
+    def to(self, device: torch.device) -> Scaling:
         """The same on another device."""
         return Scaling(self.mean.to(device), self.deviation.to(device), tuple(axes.to(device) for axes in self.axes))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.classes import Classes
 from model.heads import Head, foreground_probability
-from model.kinds import Chosen, Kinds, Tables, Worth, choose, design_variance, fit_kinds, tabulate, worth_of
+from model.kinds import Chosen, Kinds, Tables, Worth, choose, design_variance, fit_kinds, reason, tabulate, worth_of
 from model.pixel_scores import CACHED
 
 #: Pixels that are kept of an image.
@@ -43,6 +43,7 @@ class FirstRow:
     """The default rule: kinds of pixels times doubt, the first image by design; see `model.kinds`.
 
     Attributes:
+        pool: all images.
         tables: of all images.
         worth: of the kinds.
         chosen: the order; its indices are those of `images`.
@@ -68,6 +69,7 @@ class FirstRow:
             labelled: indices of labelled images.
             rng: of ties.
         """
+        self.pool, self._classes = pool, len(classes.fine)
         inside, doubt = foreground_of(pool.features, head, coarse, classes), doubt_of(pool.features, head)
         self.tables: Tables = tabulate(pool.kind_of, len(pool.kinds.centres), doubt, inside)
         self.worth: Worth = worth_of(self.tables)
@@ -82,7 +84,18 @@ class FirstRow:
     @property
     def order(self) -> NDArray[np.intp]:
         """Images without a label, the most wanted first."""
-        return self.images[self.chosen.order]
+        order: NDArray[np.intp] = self.images[self.chosen.order]
+        return order
+
+    def why(self, image: int) -> str:
+        """Why an image without a label has its place, in words."""
+        place, share = int(np.searchsorted(self.images, image)), self.tables.share[self.images]
+        return reason(self.chosen, place, share, self.worth, self.pool.kinds.words, self._classes)
+
+    def shows(self, image: int) -> NDArray[np.bool_]:
+        """(P,) which of an image's pixels are of the kind that it has its place for; for a picture of the reason."""
+        kind = self.chosen.kind[int(np.searchsorted(self.images, image))]
+        return np.asarray(self.pool.kind_of[image] == kind)
 
 
 def make_pool(features: Tensor, colours: NDArray[np.uint8], rng: np.random.Generator) -> PixelPool:

@@ -192,6 +192,10 @@ def test_a_gpu_sees_the_same(extractor: Extractor, images: list[Image], scaling:
     there = list(Extractor(SHIPPED, "cuda").sample(images, pixels))
     for one, other in zip(there, extractor.sample(images, pixels), strict=True):
         assert (scaling(one) - scaling(other)).norm() < 0.02 * scaling(other).norm()  # half precision
+    weights, bias = torch.randn(3, 472), torch.randn(3)
+    dense = Extractor(SHIPPED, "cuda").maps(images).logits(scaling, weights, bias, 4).cpu()
+    expected = extractor.maps(images).logits(scaling, weights, bias, 4)
+    assert (dense - expected).norm() < 0.02 * expected.norm()
 
 
 def test_all_backbones_are_used() -> None:

@@ -60,6 +60,17 @@ def test_the_first_image_is_chosen_by_design(fields: Fields) -> None:
     assert found.order.tolist() == fields.order(None, []).order.tolist()
 
 
+def test_every_place_has_a_reason_in_words_and_in_pixels(fields: Fields) -> None:
+    found = fields.order(fields.head, [3, 1])
+    for image in found.order.tolist():
+        assert found.why(image).startswith("shows ")
+        pixels = found.shows(image)
+        place = found.images.tolist().index(image)
+        assert pixels.shape == (PIXELS,)
+        assert pixels.mean() == pytest.approx(found.tables.share[image, found.chosen.kind[place]])
+    assert found.shows(int(found.order[0])).any()
+
+
 def test_what_was_labelled_is_worth_less(fields: Fields) -> None:
     best = int(fields.order(fields.head, [0]).order[0])
     before, after = fields.order(fields.head, [0]), fields.order(fields.head, [0, best])
