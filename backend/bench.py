@@ -51,6 +51,7 @@ class Order:
         weak: coarsely labelled images are trained on too.
         layers: whose gradient is taken.
         out: folder of the results.
+        learner: "instant" or "deep".
     """
 
     data: tuple[Path, ...]
@@ -66,6 +67,7 @@ class Order:
     weak: bool
     layers: str
     out: Path
+    learner: str
 
 
 def bench(order: Order, workers: int, board: Board | None, console: Console) -> int:
@@ -125,6 +127,10 @@ def check(order: Order) -> None:
         raise BenchError(f"two of the data folders are called the same ({', '.join(folders)}): rename one")
     check_folders(order.data)
     check_folders(filter(None, [order.source]))
+    if order.learner == "instant" and (order.start != "pretrained" or order.source or order.layers != "last"):
+        raise BenchError(
+            "the instant learner has one layer on a pretrained backbone: other layers or starts need --learner deep"
+        )
     if order.start == "scratch" and SCALES[order.scale].frozen and not order.source:
         raise BenchError(f"the scale {order.scale} trains no backbone, so it cannot start from scratch: use another")
     if any(n <= order.budget for n in order.tail):
@@ -158,7 +164,7 @@ def plan(order: Order) -> Iterator[Curve]:
     if order.source:
         start = str(train_source(order.source, order.scale, order.network, order.out, device()))
     steps = (*range(order.query_size, order.budget + 1, order.query_size), *order.tail)
-    base = Curve("", "", 0, steps, order.scale, order.network, start, order.weak, order.layers, commit())
+    base = Curve("", "", 0, steps, order.scale, order.network, start, order.weak, order.layers, commit(), order.learner)
     for seed in range(order.seeds * RANDOM_SEEDS):
         for folder, strategy in itertools.product(order.data, (*order.strategies, FULL)):
             if seed < order.seeds or strategy == "random":

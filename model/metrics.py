@@ -64,3 +64,22 @@ def area_under_curve(n: Sequence[float], values: Sequence[float]) -> float:
             f"a learning curve needs two or more points with rising n, not n {list(n)}, values {list(values)}"
         )
     return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
+
+
+def calibration_error(
+    probabilities: NDArray[np.floating], labels: NDArray[np.integer], weights: NDArray[np.floating], bins: int = 15
+) -> float:
+    """Expected calibration error: how far confidence is from accuracy, on average over pixels.
+
+    Args:
+        probabilities: (P, C), each row sums to 1.
+        labels: (P,) true classes.
+        weights: (P,) how much each pixel counts.
+        bins: of equal width, by the highest probability.
+
+    Source: Guo et al. 2017, equation 3.
+    """
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((confidence * bins).astype(np.intp), bins - 1)
+    gaps = np.bincount(place, weights * (confidence - right), minlength=bins)
+    return float(np.abs(gaps).sum() / weights.sum())

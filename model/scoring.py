@@ -6,18 +6,17 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.classes import Classes
 from model.extras import View, extra
+from model.folded import fold_batch_norms
 from model.gradients import (
     gradient_embedding,
     label_variance,
@@ -353,20 +352,6 @@ def pooled(features: Tensor, foreground: Tensor) -> Tensor:
     whole = torch.full_like(share, 1 / len(share))
     weights = torch.stack([whole, share / share.sum() if share.any() else whole])
     return (weights @ features.permute(1, 2, 0).flatten(0, 1)).flatten()
-
-
-def fold_batch_norms(network: Network) -> Network:
-    """Merge each batch normalisation into the convolution before it: same output, less work.
-
-    Args:
-        network: in evaluation mode; is changed.
-    """
-    for parent in list(network.modules()):
-        for (before, conv), (after, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, before, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, after, nn.Identity())
-    return network
 
 
 def as_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:

@@ -211,6 +211,41 @@ def test_every_strategy_runs_where_labels_are_hidden(field: Path, name: str) -> 
     assert rows[1].image, "it chose by what scoring gave it; choices after the first are in test_strategies"
 
 
+@pytest.mark.parametrize("name", [*STRATEGIES, *REFERENCES])
+def test_every_strategy_runs_with_the_instant_learner(field: Path, name: str) -> None:
+    rows = list(run(curve(field, name, learner="instant"), [], "cpu"))
+    assert [row.n for row in rows] == [0, 1, 2, 3]
+    assert len({row.image for row in rows[1:]}) == 3
+    assert {row.setting for row in rows} == {"instant 128 px"}
+    assert rows[3].mIoU > 0.4
+    assert all(row.train_seconds < 2 and row.score_seconds < 2 for row in rows)
+
+
+def test_the_instant_learner_has_no_chance_in_it(field: Path) -> None:
+    whole = [timeless(row) for row in run(curve(field, "first-row", learner="instant"), [], "cpu")]
+    again = [timeless(row) for row in run(curve(field, "first-row", learner="instant"), whole[:2], "cpu")]
+    assert whole[:2] + again == whole
+    other = [timeless(row) for row in run(curve(field, "random", learner="instant", seed=1), [], "cpu")]
+    assert other[0].mIoU == whole[0].mIoU, "a seed picks; it does not learn"
+
+
+def test_the_instant_learner_knows_plants_from_coarse_labels_alone(field: Path) -> None:
+    coarse, nothing = (next(iter(run(curve(field, learner="instant", weak=weak), [], "cpu"))) for weak in (True, False))
+    assert coarse.mIoU > nothing.mIoU
+    assert coarse.iou["soil"] > 0.8
+
+
+def test_the_instant_reference_learns_the_whole_pool(field: Path) -> None:
+    (row,) = run(curve(field, FULL, learner="instant"), [], "cpu")
+    assert (row.n, row.strategy, row.image) == (8, FULL, "")
+    assert row.mIoU > 0.5
+
+
+def test_there_is_no_third_learner(field: Path) -> None:
+    with pytest.raises(ValueError, match="no learner 'lazy'"):
+        next(iter(run(curve(field, learner="lazy"), [], "cpu")))
+
+
 def test_same_seed_same_picks_and_another_seed_another_start(field: Path) -> None:
     first, second = ([timeless(row) for row in run(curve(field), [], "cpu")] for _ in range(2))
     assert first == second
@@ -396,8 +431,14 @@ def test_workers_of_the_queue_give_the_same_rows(field: Path, tmp_path: Path, da
 def orders(field: Path, out: Path, **changes: object) -> bench.Order:
     """The same benchmark."""
     names = ("random", "entropy")
-    plain = bench.Order((field,), names, 2, (), 1, 1, "smoke", SHIPPED, "pretrained", None, True, "last", out)
+    plain = bench.Order((field,), names, 2, (), 1, 1, "smoke", SHIPPED, "pretrained", None, True, "last", out, "deep")
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_the_deep_learner_runs_from_the_command_too(field: Path, tmp_path: Path) -> None:
+    assert cli.main(command(field, tmp_path, "--learner", "deep")) == 0
+    assert keys(tmp_path) == EXPECTED
+    assert {row.setting for row in results.read(tmp_path / "results.csv")} == {"pretrained smoke"}
 
 
 def quiet() -> bench.Console:
@@ -410,6 +451,8 @@ def quiet() -> bench.Console:
         ({"strategies": ("best",)}, "there is no strategy best: choose from first-row"),
         ({"start": "scratch"}, "trains no backbone, so it cannot start from scratch"),
         ({"tail": (2, 5)}, "must lie beyond the budget 2"),
+        ({"learner": "instant", "layers": "head"}, "need --learner deep"),
+        ({"learner": "instant", "start": "scratch"}, "need --learner deep"),
     ],
 )
 def test_orders_that_make_no_sense_are_refused(

@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from model.classes import Classes
 from model.data import Folder
+from model.folded import fold_batch_norms
 from model.gradients import marginal_cross_entropy
 from model.network import NETWORKS, SHIPPED, Network, build
 from model.pseudo import fine_target
-from model.scoring import ImageScore, Scorer, fold_batch_norms, gradient_map
+from model.scoring import ImageScore, Scorer, gradient_map
 
 DATA = Path(os.environ.get("FIRSTROW_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 CLASSES = Classes(("soil", "crop", "weed"), ("soil", "plant"), ((0,), (1, 2)))

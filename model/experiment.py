@@ -1,0 +1,306 @@
+"""A pixel-labelled folder made ready for the instant learner: features once, then heads and orders in milliseconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.arena import device_title
+from model.by_score import PREDICTORS
+from model.classes import IGNORE
+from model.coarse import label_coarsely
+from model.data import Folder
+from model.features import Extractor, Maps, fit_scaling, spread_pixels
+from model.heads import (
+    BACKGROUND,
+    FOREGROUND,
+    LEFT_OUT,
+    Head,
+    LabelledPixels,
+    Sums,
+    choose_pixels,
+    coarse_sums,
+    fit,
+    names_foreground,
+    no_sums,
+    solve,
+    weak_sums,
+)
+from model.masks import STRIDE, mask_of, predict
+from model.metrics import confusion
+from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
+from model.pixel_scores import score_pool
+from model.pool import Pool
+from model.pseudo import fine_target
+from model.sharpen import Guide, guide_of
+from model.strategies import DEFAULT, REFERENCES, STRATEGIES
+
+Map = NDArray[np.uint8]
+
+#: Pixels that an annotation teaches with, and pixels of each image of the pool that weak labels are made of.
+LABELLED, WEAK = 800, 20
+#: Labelled images up to which weak labels help.
+WEAK_UNTIL = 3
+#: Share of the pool that a seed may pick from: what a start is by chance, since learning has no chance in it.
+DRAWN = 0.7
+#: What strategies read, by the names of `model.pixel_scores`; "oracle" is the magnitude against hidden masks.
+READS: Mapping[str, tuple[str, ...]] = {
+    "foreground-random": ("foreground",),
+    "least-confidence": ("least_confidence",),
+    "margin": ("margin",),
+    "entropy": ("entropy", "coarse_entropy", "fine_entropy"),
+    "entropy-top": ("entropy_top",),
+    "entropy-foreground": ("entropy_foreground",),
+    "bald": ("bald",),
+    "power-bald": ("bald",),
+    "pseudo-loss": ("pseudo_loss",),
+    "egl": ("egl",),
+    "egl-settles": ("egl_settles",),
+    "egl-huang": ("egl_huang",),
+    "learned-gradient": (*PREDICTORS, "magnitude"),
+    "entropy-gradnorm": ("entropy_gradnorm",),
+    "class-stratified": ("class_entropy",),
+    "gradient-magnitude": ("magnitude",),
+    "magnitude-range": ("magnitude",),
+    "direction-range": ("embedding",),
+    "coarse-egl": ("magnitude", "variance", "coarse_egl"),
+    "coarse-egl-segment": ("segment_egl",),
+    "badge": ("own",),
+    "coreset": ("pooled",),
+    "typiclust": ("pooled",),
+    "bait": ("fisher",),
+    "coverage": ("pooled",),
+    "novel-egl": ("coarse_egl", "embedding", "pooled"),
+    "oracle-gradient": ("oracle",),
+}
+
+
+class Experiment:
+    """One data set at one size: its pool as sampled pixels, its annotations as sums, its test images as maps.
+
+    Attributes:
+        name: of the data set.
+        classes: fine and coarse classes.
+        names: of the pool's images.
+        masks: (H, W) fine classes of the pool's images, hidden from strategies until picked.
+        coarse: the pool's coarse labels.
+        device: as torch names it; features are computed there.
+    """
+
+    def __init__(self, data: Path, size: int, network: str, device: str) -> None:
+        """Read everything and compute features.
+
+        Args:
+            data: a pixel-labelled folder with the splits "train" (the pool) and "test".
+            size: longer side of the images, in pixels.
+            network: a key of `model.network.NETWORKS`, whose backbone is used.
+            device: as torch names it.
+
+        Raises:
+            FolderError, ImageError: the data cannot be read.
+            PretrainedError: the weights cannot be had.
+        """
+        folder = Folder(data)
+        self.name, self.classes, self.device = data.resolve().name, folder.classes, device
+        self.names = tuple(folder.names("train"))
+        images = [folder.image(name, size) for name in self.names]
+        self.masks = [folder.mask(name, size) for name in self.names]
+        self.coarse = label_coarsely(images, self.masks, self.classes)
+        extractor = Extractor(network, device)
+        self._pixels = [spread_pixels((mask.shape[0], mask.shape[1]), PIXELS) for mask in self.masks]
+        raw = torch.stack(list(extractor.sample(images, self._pixels)))
+        self._scaling = fit_scaling(raw.flatten(0, 1), extractor.widths)
+        colours = np.stack(
+            [image[places[:, 0], places[:, 1]] for image, places in zip(images, self._pixels, strict=True)]
+        )
+        self.pool: PixelPool = make_pool(self._scaling(raw), colours, np.random.default_rng(0))
+        self._annotations = self._annotate(extractor, images)
+        self._maps = [kept(extractor.maps([image])) for image in images]
+        tests = [(folder.image(name, size), folder.mask(name, size)) for name in folder.names("test")]
+        self._test = [Tested.of(kept(extractor.maps([image])), mask) for image, mask in tests]
+        answers = no_sums((BACKGROUND, FOREGROUND), self._scaling.dimensions)
+        for index in self.coarse.asked:
+            answers = answers + self._coarse_answer(index)
+        #: Of background and foreground; none where no coarse answer names both.
+        self.coarse_head = solve(answers) if names_foreground(answers) else None
+        self.sums = lru_cache(maxsize=64)(self._sums)
+
+    def _annotate(self, extractor: Extractor, images: Sequence[Map]) -> list[LabelledPixels]:
+        """What is kept of each image's annotation."""
+        drawn = [choose_pixels(mask, LABELLED, np.random.default_rng(i)) for i, mask in enumerate(self.masks)]
+        features = extractor.sample(images, [pixels for pixels, _, _ in drawn])
+        pairs = zip(features, drawn, strict=True)
+        return [LabelledPixels(self._scaling(raw).half(), labels, weights) for raw, (_, labels, weights) in pairs]
+
+    def _coarse_answer(self, index: int) -> Sums:
+        """The sums of a coarsely answered image."""
+        named = self.classes.named()[self._at(self.coarse.targets[index], index)]
+        answer = np.where(named < 0, IGNORE, named).astype(np.uint8)
+        return coarse_sums(self.pool.features[index].float(), answer, len(self.classes.coarse))
+
+    def _at(self, target: Map, index: int) -> Map:
+        """(P,) the values of a map (H, W) at an image's pixels."""
+        rows, columns = self._pixels[index].T
+        values: Map = target[rows, columns]
+        return values
+
+    def _sums(self, index: int) -> Sums:
+        return self._annotations[index].sums(self.classes.fine)
+
+    @property
+    def device_name(self) -> str:
+        """What the times are of."""
+        return device_title(self.device)
+
+    def available(self, seed: int) -> list[int]:
+        """The images that a seed may pick from."""
+        drawn = np.random.default_rng(seed).permutation(len(self.names))
+        return sorted(int(i) for i in drawn[: max(1, math.ceil(DRAWN * len(drawn)))])
+
+    def train(self, labelled: Sequence[int], weak: bool) -> tuple[Head, float]:
+        """A head that learnt these images, and the seconds it took.
+
+        Args:
+            labelled: indices into the pool.
+            weak: the pool's other pixels teach too, as the coarse head guesses them, while few images are labelled.
+        """
+        begin = time.perf_counter()
+        sums = no_sums(self.classes.fine, self._scaling.dimensions)
+        for index in labelled:
+            sums = sums + self.sums(index)
+        if not sums.labelled.any():
+            return self.start(weak), time.perf_counter() - begin
+        if weak and self.coarse_head and len(labelled) <= WEAK_UNTIL:
+            pixels = self.pool.features[:, :WEAK].flatten(0, 1).float()
+            sums = sums + weak_sums(solve(sums), self.coarse_head, pixels, self.classes, 1 / len(labelled))
+        few = labelled[:: max(1, len(labelled) // LEFT_OUT)][:LEFT_OUT]
+        head = fit([self._annotations[i] for i in few], sums, [self.sums(i) for i in few])
+        return head, time.perf_counter() - begin
+
+    def start(self, coarse: bool) -> Head:
+        """The head before any label: the coarse head, each side shared by its classes alike; else no opinion."""
+        count = len(self.classes.fine)
+        if not coarse or self.coarse_head is None:
+            return Head(self.classes.fine, torch.zeros(count, self._scaling.dimensions), torch.zeros(count))
+        side = torch.from_numpy((self.classes.coarse_of() != 0).astype(np.int64))
+        shared = torch.bincount(side, minlength=2).float().log()
+        return Head(self.classes.fine, self.coarse_head.weights[side], (self.coarse_head.bias - shared)[side])
+
+    def order(
+        self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool, seed: int
+    ) -> list[int]:
+        """Images without a label as a strategy wants them, the most wanted first.
+
+        Args:
+            strategy: a key of `STRATEGIES` or `REFERENCES`.
+            head: the current one.
+            rest: images that may be picked.
+            labelled: images with an annotation.
+            coarse: whether coarse labels are known.
+            seed: of ties and of what the strategy draws.
+        """
+        rng = np.random.default_rng([seed, len(labelled)])
+        if strategy == DEFAULT:
+            return self._first_row(head, rest, labelled, rng)
+        ranked = {**STRATEGIES, **REFERENCES}[strategy](self._as_pool(strategy, head, rest, labelled, coarse), rng)
+        return [rest[int(i)] for i in ranked.order]
+
+    def _first_row(
+        self, head: Head, rest: Sequence[int], labelled: Sequence[int], rng: np.random.Generator
+    ) -> list[int]:
+        """The default rule among the images that may be picked."""
+        seen = [*labelled, *rest]
+        pool = PixelPool(self.pool.features[seen], self.pool.kinds, self.pool.kind_of[seen], self.pool.reduced[seen])
+        known = head if labelled else None
+        ranked = FirstRow(pool, known, self.coarse_head, self.classes, range(len(labelled)), rng)
+        return [seen[int(i)] for i in ranked.order]
+
+    def _as_pool(self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool) -> Pool:
+        """What a strategy sees."""
+        names = READS.get(strategy, ())
+        mine = self._scores(names, head, rest, coarse)
+        # Where nothing is labelled, arrays of no image that are as wide as those of the pool.
+        theirs = self._scores(names, head, labelled, coarse, True) if labelled else {n: v[:0] for n, v in mine.items()}
+        nothing, none = np.zeros((len(rest), 1)), np.zeros((len(labelled), 1))
+        vectors = {name for name, values in mine.items() if values.ndim > 1}
+        return Pool(
+            scores={name: mine[name] for name in mine.keys() - vectors},
+            embedding=mine.get("embedding", nothing),
+            features=mine.get("pooled", nothing),
+            labelled_embedding=theirs.get("embedding", none),
+            labelled_features=theirs.get("pooled", none),
+            vectors={name: mine[name] for name in vectors},
+            labelled_vectors={name: theirs[name] for name in vectors},
+            labelled_scores={name: theirs[name] for name in theirs.keys() - vectors},
+        )
+
+    def _scores(
+        self, names: Sequence[str], head: Head, images: Sequence[int], coarse: bool, labelled: bool = False
+    ) -> dict[str, NDArray[np.float64]]:
+        """Scores of some images by name, against their annotations, their coarse labels or nothing."""
+        features = self.pool.features[list(images)]
+
+        def score(wanted: Sequence[str], annotated: bool) -> dict[str, NDArray[np.float64]]:
+            rows = self._rows(images, annotated, coarse)
+            found = score_pool(features, head, self.classes, wanted, rows)
+            return {name: values.astype(np.float64) for name, values in found.items()}
+
+        plain = score([name for name in names if name != "oracle"], labelled)
+        return plain | ({"oracle": score(["magnitude"], True)["magnitude"]} if "oracle" in names else {})
+
+    def _rows(self, images: Sequence[int], annotated: bool, coarse: bool) -> NDArray[np.uint8]:
+        """(N, P) what is known of the images' pixels, rows of `Classes.sets()`."""
+        if annotated:
+            known = [fine_target(self._at(self.masks[i], i)[None], self.classes)[0] for i in images]
+        elif coarse:
+            known = [self._at(self.coarse.targets[i], i) for i in images]
+        else:
+            known = [np.full(PIXELS, self.classes.any_row, np.uint8) for _ in images]
+        return np.stack(known) if known else np.zeros((0, PIXELS), np.uint8)
+
+    def prelabel(self, head: Head, index: int) -> Map:
+        """(H, W) the head's classes of one image of the pool."""
+        return predict(restored(self._maps[index]), self._scaling, head)[0]
+
+    def test(self, head: Head) -> NDArray[np.int64]:
+        """(C, C) confusion table summed over the test images, at full resolution."""
+        count = len(self.classes.fine)
+        table = np.zeros((count, count), np.int64)
+        for image in self._test:
+            maps = restored(image.maps)
+            with torch.inference_mode():
+                logits = maps.logits(self._scaling, head.weights, head.bias, STRIDE)[0]
+            table += confusion(mask_of(logits, head, image.guide), image.mask, count)
+        return table
+
+
+class Tested(NamedTuple):
+    """A test image: its maps, its colours made ready for sharpening, its mask (H, W)."""
+
+    maps: Maps
+    guide: Guide
+    mask: Map
+
+    @classmethod
+    def of(cls, maps: Maps, mask: Map) -> Tested:
+        """Made ready."""
+        size = math.ceil(maps.size[0] / STRIDE), math.ceil(maps.size[1] / STRIDE)
+        return cls(maps, guide_of(maps.images[0].numpy(), size), mask)
+
+
+def kept(maps: Maps) -> Maps:
+    """Maps on the CPU in half precision, for keeping many of them."""
+    return Maps(tuple(stage.half().cpu() for stage in maps.stages), maps.images.cpu())
+
+
+def restored(maps: Maps) -> Maps:
+    """Maps in single precision."""
+    return Maps(tuple(stage.float() for stage in maps.stages), maps.images)
