@@ -1,9 +1,9 @@
 """Old rank predictions and prelabels: deleted when nobody can have them open any more.
 
 Label Studio's editor submits and updates an annotation with the id of the prediction it started from, and is refused
-when that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the head's,
-and what was fetched for a served task) by days, the many others by as long as a task may be open. What the editor needs
-of them is their id alone: after a while they are emptied and gathered under one version for some hours.
+when that prediction is gone. So a round's predictions outlive it: those that a person may well be correcting (the
+head's, and what was fetched for a served task) by days, the many others by as long as a task may be open. What the
+editor needs of them is their id alone: after a while they are emptied and gathered under one version for some hours.
 """
 
 from __future__ import annotations
