@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,8 +143,9 @@ def seconds_until_noticed(team: Team, change: Callable[[Team], object]) -> float
     return time.monotonic() - began
 
 
-#: Seconds within which a lost event must be made good.
-NOTICED = 15
+def soon() -> float:
+    """Seconds within which a lost event must be made good: 15 on a quiet machine."""
+    return 15 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def test_a_lost_event_is_made_good_within_seconds(team: Team, pictures: Pictures) -> None:
@@ -161,7 +163,7 @@ def test_a_lost_event_is_made_good_within_seconds(team: Team, pictures: Pictures
         for change in (segment, redraw, erase, add, remove):
             before, began = team.backend.round(team.id), time.monotonic()
             noticed = seconds_until_noticed(team, change)
-            assert noticed < NOTICED
+            assert noticed < soon()
             team.backend.wait(team.id, before)
             log.info(
                 "%s: noticed after %.1f s, an order after %.1f", change.__name__, noticed, time.monotonic() - began
@@ -209,11 +211,11 @@ def test_lost_changes_of_the_label_config_are_noticed_and_what_came_after_a_fail
     with unheard(team):
         unusable = config[:end] + more + config[end:]
         changed = seconds_until_noticed(team, lambda team: team.studio.patch_project(team.id, label_config=unusable))
-        assert changed < NOTICED
+        assert changed < soon()
         wait_for(lambda: not board.busy(team.id), 60, team.log)
         assert "several controls for masks" in (board.error(team.id) or {})["message"]
         assert board.wished(team.id)
-        assert seconds_until_noticed(team, repair) < NOTICED
+        assert seconds_until_noticed(team, repair) < soon()
         team.settle()
         assert team.project.index()[task].stage == "full"
     assert board.error(team.id) is None
@@ -393,7 +395,7 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
     Slow.refused = ""
     task, before = slow.ranking()[-1], slow.backend.round(slow.id)
     with unheard(slow):
-        assert seconds_until_noticed(slow, lambda team: team.segment(task)) < NOTICED
+        assert seconds_until_noticed(slow, lambda team: team.segment(task)) < soon()
         slow.backend.wait(slow.id, before, 60)
         slow.settle()
     assert slow.project.index()[task].stage == "full"
