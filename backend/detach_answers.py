@@ -95,11 +95,10 @@ def find_answers(here: Attached) -> Found:
     """Look once through the tasks that may have coarse answers."""
     found = Found()
     for task, drafts in with_drafts(here):
-        answers = answers_of(here, task)
+        answers, aside = answers_of(here, task), set_aside(here, task)
         found.count += len(answers)
-        found.aside += bool(copies_of(task) or set_aside(here, task))
+        found.aside += bool(copies_of(task) or aside)
         found.names |= set(map(name_of, answers))
-        aside = set_aside(here, task)
         found.skipped += sum("was_cancelled" in here.said(*pair) for pair in aside)
         found.drafted += sum(row["id"] in drafts for row, _ in aside)
         found.gone += len(missing(task))

@@ -86,13 +86,14 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
         said = config.note(note)
         write_note(ctx.studio, project.id, ctx.settings, {**note_of(ours), **said})
         note |= said
+        config = parse(seen["label_config"], recorded=note)
     if save:
         before = project.extra()
         project.save_config(seen["label_config"], note)
         if any(before.get(name) != note.get(name) for name in ("keeper", "skips")):  # others can be, or stay, set aside
             rows = project.index().values()
             ctx.board.remember(project.id, [r.id for r in rows if r.stage in ("coarse", "returned")])
-    return parse(seen["label_config"], recorded=note)
+    return config
 
 
 def check_config(ctx: Context, project: Project) -> None:

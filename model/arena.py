@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.coarse import label_coarsely
+from model.classes import Classes
+from model.coarse import CoarseLabels, label_coarsely
 from model.data import Folder, Pair
 from model.frozen import STEP, EncodedViews, encode_views, evaluate_encoded, predict_encoded, train_head
 from model.network import Encoded, Network, build, checkpoint_classes, load
@@ -30,6 +31,42 @@ class Known(NamedTuple):
 
     coarse: bool
     labelled: frozenset[int]
+
+
+class Labelled(NamedTuple):
+    """A pixel-labelled folder read at one size.
+
+    Attributes:
+        name: of the data set.
+        classes: fine and coarse classes.
+        names: of the pool's images.
+        images: (H, W, 3) of the pool.
+        masks: (H, W) fine classes of the pool's images.
+        coarse: the pool's coarse labels.
+        tests: image and mask of each test image.
+    """
+
+    name: str
+    classes: Classes
+    names: tuple[str, ...]
+    images: list[Map]
+    masks: list[Map]
+    coarse: CoarseLabels
+    tests: list[tuple[Map, Map]]
+
+    @classmethod
+    def read(cls, data: Path, size: int) -> Labelled:
+        """Read the splits "train" (the pool) and "test", images with a longer side of `size` pixels.
+
+        Raises:
+            FolderError, ImageError: the data cannot be read.
+        """
+        folder = Folder(data)
+        names = tuple(folder.names("train"))
+        images, masks = [folder.image(n, size) for n in names], [folder.mask(n, size) for n in names]
+        tests = [(folder.image(n, size), folder.mask(n, size)) for n in folder.names("test")]
+        coarse = label_coarsely(images, masks, folder.classes)
+        return cls(data.resolve().name, folder.classes, names, images, masks, coarse, tests)
 
 
 class Arena:
@@ -60,13 +97,9 @@ class Arena:
             FolderError, ImageError: the data cannot be read.
             PretrainedError: the weights cannot be had.
         """
-        folder = Folder(data)
-        self.name, self.classes, self.device, self.frozen = data.resolve().name, folder.classes, device, frozen
-        self.names = tuple(folder.names("train"))
-        self._images = [folder.image(name, size) for name in self.names]
-        self.masks = [folder.mask(name, size) for name in self.names]
-        self._test = [(folder.image(n, size), folder.mask(n, size)) for n in folder.names("test")]
-        self.coarse = label_coarsely(self._images, self.masks, self.classes)
+        read = Labelled.read(data, size)
+        self.name, self.classes, self.names, self._images, self.masks, self.coarse, self._test = read
+        self.device, self.frozen = device, frozen
         self.size, self._network, self._start = size, network, start
         self._true = [fine_target(mask, self.classes) for mask in self.masks]
         self._any = [np.full(mask.shape, self.classes.any_row, np.uint8) for mask in self.masks]

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.arena import device_title
+from model.arena import Labelled, device_title
 from model.by_score import PREDICTORS
 from model.classes import IGNORE
-from model.coarse import label_coarsely
-from model.data import Folder
 from model.features import Extractor, Maps, fit_scaling, spread_pixels
 from model.heads import (
     BACKGROUND,
@@ -108,12 +106,8 @@ class Experiment:
             FolderError, ImageError: the data cannot be read.
             PretrainedError: the weights cannot be had.
         """
-        folder = Folder(data)
-        self.name, self.classes, self.device = data.resolve().name, folder.classes, device
-        self.names = tuple(folder.names("train"))
-        images = [folder.image(name, size) for name in self.names]
-        self.masks = [folder.mask(name, size) for name in self.names]
-        self.coarse = label_coarsely(images, self.masks, self.classes)
+        self.name, self.classes, self.names, images, self.masks, self.coarse, tests = Labelled.read(data, size)
+        self.device = device
         extractor = Extractor(network, device)
         self._pixels = [spread_pixels((mask.shape[0], mask.shape[1]), PIXELS) for mask in self.masks]
         raw = torch.stack(list(extractor.sample(images, self._pixels)))
@@ -124,7 +118,6 @@ class Experiment:
         self.pool: PixelPool = make_pool(self._scaling(raw), colours, np.random.default_rng(0))
         self._annotations = self._annotate(extractor, images)
         self._maps = [kept(extractor.maps([image])) for image in images]
-        tests = [(folder.image(name, size), folder.mask(name, size)) for name in folder.names("test")]
         self._test = [Tested.of(kept(extractor.maps([image])), mask) for image, mask in tests]
         answers = no_sums((BACKGROUND, FOREGROUND), self._scaling.dimensions)
         for index in self.coarse.asked:
