@@ -212,6 +212,7 @@ def test_lost_changes_of_the_label_config_are_noticed_and_what_came_after_a_fail
         unusable = config[:end] + more + config[end:]
         changed = seconds_until_noticed(team, lambda team: team.studio.patch_project(team.id, label_config=unusable))
         assert changed < soon()
+        log.info("label config: noticed after %.1f s", changed)
         wait_for(lambda: not board.busy(team.id), 60, team.log)
         assert "several controls for masks" in (board.error(team.id) or {})["message"]
         assert board.wished(team.id)
@@ -234,7 +235,9 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
         assert said.status_code == 401, "it has a secret still"
     assert status(team.backend.context, team.id)["workers"], "a worker that works is there for `status`"
     team.backend.wait(team.id, before, 60)
-    assert time.monotonic() - began < 30
+    took = time.monotonic() - began
+    log.info("next order %.1f s after Redis was emptied", took)
+    assert took < 30
     team.settle()
     assert [r.stage for r in team.project.index().values()].count("full") == len(trained(team))
 
@@ -395,10 +398,10 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
     Slow.refused = ""
     task, before = slow.ranking()[-1], slow.backend.round(slow.id)
     with unheard(slow):
-        assert seconds_until_noticed(slow, lambda team: team.segment(task)) < soon()
+        slow.segment(task)
+        wait_for(lambda: slow.project.index()[task].stage == "full", soon(), slow.log)
         slow.backend.wait(slow.id, before, 60)
         slow.settle()
-    assert slow.project.index()[task].stage == "full"
 
 
 def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
