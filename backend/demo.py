@@ -28,6 +28,8 @@ from backend.contactsheet import contact_sheet
 from backend.context import Context, connect
 from backend.embedded import Services, start_services
 from backend.errors import FirstRowError, JobError
+from backend.features import extractor, load_fit
+from backend.head import load_model
 from backend.label_config import ProjectConfig, parse
 from backend.learn import is_trained, load_network, network_key
 from backend.project import Project
@@ -35,6 +37,7 @@ from backend.settings import Settings
 from model.classes import Classes
 from model.data import Folder, FolderError, ImageError
 from model.field import write_folder
+from model.masks import predict
 from model.metrics import confusion, iou, mean_iou
 from model.pictures import palette
 from model.scoring import Scorer
@@ -318,7 +321,7 @@ class Demo:
             table.add_column(name)
         for place, row in enumerate(self.head(), 1):
             parts = row["parts"] if isinstance(row["parts"], dict) else {}
-            because = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+            because = str(row["why"]) or ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
             task = int(str(row["task"]))
             utility = f"{float(str(row['utility'])):.3g}" if row["utility"] is not None else ""
             table.add_row(str(place), str(task), self.names[task], str(row["ask"]), utility, because)
@@ -356,19 +359,36 @@ class Masks(Mapping[int, NDArray[np.uint8]]):
 
 
 def held_out_miou(context: Context, project: Project, config: ProjectConfig, images: Folder) -> float:
-    """Mean IoU of the network in force on the held-out images (one confusion matrix over all of them)."""
-    if not is_trained(context, network_key(context, project, config.classes)):
+    """Mean IoU of the model in force on the held-out images (one confusion matrix over all of them)."""
+    predicted = predictor(context, project, config)
+    if predicted is None:
         return float("nan")
-    scorer = Scorer(load_network(context, project, config.classes)[0], config.classes, "cpu")
     size, table = context.settings.image_size, np.zeros((len(config.classes.fine),) * 2, np.int64)
     masks = Masks(images, dict(enumerate(images.names("test")[:HELD_OUT])), config)
     for number, name in masks.names.items():
         image = images.image(name, size)
-        target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
         mask = masks.order[images.mask(masks.names[number], size)]
-        table += confusion(scorer.score(image, target).prediction, mask, len(config.classes.fine))
+        table += confusion(predicted(image), mask, len(config.classes.fine))
     log.debug("held-out IoU %s", iou(table))
     return float(mean_iou(table))
+
+
+def predictor(
+    context: Context, project: Project, config: ProjectConfig
+) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None:
+    """Gives the mask (H, W) of an image (H, W, 3) by the model in force; None before it has learnt anything."""
+    if context.settings.learner == "instant":
+        model, fit = load_model(project), load_fit(project)
+        head = model and model.learnt
+        if head is None or fit is None:
+            return None
+        scaling, sees = fit.scaling, extractor(context.settings.network)[0]
+        return lambda image: predict(sees.maps([image]), scaling, head)[0]
+    if not is_trained(context, network_key(context, project, config.classes)):
+        return None
+    scorer = Scorer(load_network(context, project, config.classes)[0], config.classes, "cpu")
+    anything = config.classes.any_row
+    return lambda image: scorer.score(image, np.full(image.shape[:2], anything, np.uint8)).prediction
 
 
 def bar() -> Progress:

@@ -42,7 +42,7 @@ OURS = 3600
 #: Seconds that an update by a person is kept which came while we were changing the same annotation.
 KEEP_UPDATE = 24 * 3600
 GPU, DEFAULT = "gpu", "default"
-QUEUE_OF = {"train": GPU, "score": GPU}
+QUEUE_OF = dict.fromkeys(("fit_codebook", "prepare", "train", "score"), GPU)
 #: Steps after whose failure nothing of the round is left to run.
 ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 #: Steps of a round behind its first; their first argument after the project is the round's number.

@@ -2,6 +2,9 @@
 
     start_round -> fit_codebook -> prepare (shards) -> plan_round -> train -> score (shards) -> publish -> clean
 
+With the instant learner `plan_round` learns, ranks and publishes by itself, and `start_round` does all of it where only
+a few tasks have changed.
+
 Each looks at the store, does what is missing and may run again: a worker that dies costs only its job.
 """
 
@@ -9,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
 from backend.attach import check
@@ -27,14 +31,19 @@ from backend.errors import (
     StartAnew,
 )
 from backend.faults import due_tasks, in_turn
+from backend.features import fit_features, fit_is_stale, held, join_packs, load_fit
 from backend.generations import begin, clean_generations, unfinished, unnamed
+from backend.head import drop_pixels, lacks_pixels, learn
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
+from backend.masks import show_masks
+from backend.measure import measure, test_then_train
+from backend.order import ordered
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
-from backend.project import Index, Project, TaskRecord, labelled, pool
-from backend.publish import call_back, in_force, mark_asked, publish_order
-from backend.rank import rank
+from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
+from backend.publish import Show, call_back, in_force, mark_asked, publish_order
+from backend.rank import Place, rank
 from backend.score import note_unscored, score_tasks, scored, scores_key, unscored
 from backend.sync import check_config, listing, refresh_config, sync
 
@@ -43,6 +52,10 @@ P = ParamSpec("P")
 
 #: Tasks per job when images are read, and when they are scored.
 PREPARE_SHARD, SCORE_SHARD = 64, 64
+#: Tasks that the instant learner reads at once, without jobs of their own.
+AT_ONCE = 8
+#: Folders of the store of which only what compares with the order in force is kept.
+CLEANED = ("scores", "clusters", "features", "pixels", "prepared", "shards")
 
 
 def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[..., None]:
@@ -91,12 +104,25 @@ def heals(error: Exception) -> bool:
     return not isinstance(error, ConfigError | NotAttached | SettingsError)
 
 
+class Laps:
+    """Milliseconds that the steps of a round took; `status` shows them."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        self.taken[name], self._last = round(1000 * (now - self._last)), now
+
+
 @step
 def start_round(ctx: Context, project: Project, token: str) -> None:
     """See what changed in Label Studio, and queue the reading of it."""
     if ctx.board.busy(project.id) != token:
         raise RoundOver(f"project {project.id}: another round has taken over from {token}")
-    forced = ctx.board.begin(project.id)
+    forced, laps = ctx.board.begin(project.id), Laps()
     ctx.board.clear_error(project.id)
     config = refresh_config(ctx, project)
     number = next_number(ctx, project, token)
@@ -104,11 +130,18 @@ def start_round(ctx: Context, project: Project, token: str) -> None:
     ctx.board.go_on(project.id)
     project.save_index(index, config)
     after = []
-    if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
+    if fit_is_due(ctx, project, len(index)):
         after = [ctx.board.enqueue("fit_codebook", project.id, number)]
     again = {r.id for r in index.values() if r.error} if forced else due_tasks(index)
     read |= again | unread(project, index)
     todo = in_turn(index, read | unready(ctx, project, index))
+    if ctx.settings.learner == "instant" and not after and len(todo) <= AT_ONCE:
+        records = [index.get(task, TaskRecord(task)) for task in todo]
+        laps.lap("look")
+        parts = [prepare_all(ctx, project, records, read, number, 0)]
+        laps.lap("read")
+        take_in(ctx, project, number, parts, 1, forced, laps)
+        return
     shards = []
     for n, ids in enumerate(split(todo, PREPARE_SHARD)):
         records = [index.get(task, TaskRecord(task)) for task in ids]
@@ -119,19 +152,19 @@ def start_round(ctx: Context, project: Project, token: str) -> None:
 
 @step
 def fit_codebook(ctx: Context, project: Project, number: int) -> None:
-    """Find the clusters of the pool."""
-    fit(ctx, project, project.index())
+    """Find the clusters of the pool, and how its features are scaled."""
+    index = project.index()
+    if ctx.settings.clusters == "codebook" and codebook_is_stale(project, len(index)):
+        fit(ctx, project, index)
+    if ctx.settings.learner == "instant" and fit_is_stale(ctx, project, len(index)):
+        fit_features(ctx, project, index)
 
 
 @step
 def prepare(ctx: Context, project: Project, number: int, shard: int) -> None:
     """Read labels and make cluster maps of one shard; its records wait for `plan_round`."""
-    (records, said), config, found = project.shard("prepare", number, shard), project.config(), []
-    read = set(said.get("read", ()))
-    for done, old in enumerate(records):
-        record = prepare_task(ctx, project, config, old, old.id in read)
-        found.append({"id": old.id, "gone": True} if record is None else record.to_json())
-        progress(done + 1, len(records))
+    records, said = project.shard("prepare", number, shard)
+    found = prepare_all(ctx, project, records, set(said.get("read", ())), number, shard)
     ctx.board.go_on(project.id)
     project.store.write_json(project.key("prepared", number, f"{shard}.json"), found)
 
@@ -140,8 +173,20 @@ def prepare(ctx: Context, project: Project, number: int, shard: int) -> None:
 def plan_round(ctx: Context, project: Project, number: int, shards: int, forced: bool) -> None:
     """Take in what was read, count the votes, and queue what the new order needs."""
     check_config(ctx, project)
-    parts, config = prepared(project, number, shards), project.config()
-    index = merge(project, parts)
+    take_in(ctx, project, number, prepared(project, number, shards), shards, forced, Laps())
+
+
+def take_in(
+    ctx: Context,
+    project: Project,
+    number: int,
+    parts: Sequence[Sequence[dict[str, Any]]],
+    shards: int,
+    forced: bool,
+    laps: Laps,
+) -> None:
+    """What `plan_round` does with the records that were read."""
+    config, index = project.config(), merge(project, parts)
     ctx.board.go_on(project.id)
     project.save_index(index)
     if len(parts) == shards:
@@ -149,6 +194,10 @@ def plan_round(ctx: Context, project: Project, number: int, shards: int, forced:
     else:  # the ids wait in Redis for the next round
         ctx.board.retry_later(project.id)
     count_votes(ctx, project, index, config)
+    if ctx.settings.learner == "instant":
+        laps.lap("count")
+        order_at_once(ctx, project, index, config, number, forced, laps)
+        return
     fresh = untrained_labels(project, index, config.classes)
     due = forced or is_lost(project) or len(fresh) >= ctx.settings.retrain_every
     if due and labelled(index):
@@ -183,7 +232,42 @@ def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
     before, config = project.index(), project.config()
     index = unscored(project, number, before)
-    places = rank(ctx, project, index, config)
+    serve(ctx, project, number, before, index, config, rank(ctx, project, index, config))
+
+
+def order_at_once(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig, number: int, forced: bool, laps: Laps
+) -> None:
+    """Learn, rank and publish; a round in which nothing changed ends here, unless somebody asked for it by hand."""
+    if (fit := load_fit(project)) is None:  # no image could be read
+        serve(ctx, project, number, index, index, config, rank(ctx, project, index, config, lambda _: []))
+        return
+    features = held(ctx, project, fit, index)
+    test_then_train(project, number)
+    model, _ = learn(ctx, project, index, config, features, number)
+    laps.lap("learn")
+    show = partial(show_masks, ctx, project, index, fit, model)
+    if not forced and in_force(ctx, project, index, config) and not show(served_head(project, index)):
+        ctx.board.finish(project.id, number)
+        return
+    order = partial(ordered, ctx, project, index, config, features, model)
+    places = rank(ctx, project, index, config, order)
+    laps.lap("rank")
+    serve(ctx, project, number, index, index, config, places, show, laps)
+
+
+def serve(
+    ctx: Context,
+    project: Project,
+    number: int,
+    before: Index,
+    index: Index,
+    config: ProjectConfig,
+    places: Sequence[Place],
+    show: Show | None = None,
+    laps: Laps | None = None,
+) -> None:
+    """Have Label Studio serve these places; `before` is the index in the store, `index` what is known now."""
     need_backend(ctx.studio, project.id, ctx.settings)  # as late as can be: what follows touches people's work
     check_config(ctx, project)
     called = call_back(ctx, project, index, places)
@@ -191,10 +275,13 @@ def publish(ctx: Context, project: Project, number: int) -> None:
         ctx.board.go_on(project.id)
         project.save_index(called)
     begin(project, number)
-    publish_order(ctx, project, called, config, places, number)
+    publish_order(ctx, project, called, config, places, number, show)
     if (asked := mark_asked(called, places)) != called:
         ctx.board.go_on(project.id)
         project.save_index(asked)
+    if laps is not None:
+        laps.lap("publish")
+        project.store.write_json(project.key("laps.json"), laps.taken)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
 
@@ -242,6 +329,32 @@ def whole(ctx: Context, project: Project, index: Index, config: ProjectConfig) -
     return not unread(project, index) and not unready(ctx, project, index) and in_force(ctx, project, index, config)
 
 
+def served_head(project: Project, index: Index) -> list[int]:
+    """The first tasks of the order in force."""
+    rows = project.store.read_json(project.key("ranking.json")) or []
+    return [row["task"] for row in rows[:HEAD] if row["task"] in index]
+
+
+def fit_is_due(ctx: Context, project: Project, tasks: int) -> bool:
+    """Whether there are no clusters, or no scaled features, or the pool has outgrown them."""
+    clusters = ctx.settings.clusters == "codebook" and codebook_is_stale(project, tasks)
+    return clusters or (ctx.settings.learner == "instant" and fit_is_stale(ctx, project, tasks))
+
+
+def prepare_all(
+    ctx: Context, project: Project, records: Sequence[TaskRecord], read: set[int], number: int, shard: int
+) -> list[dict[str, Any]]:
+    """Read labels, make cluster maps, compute features; the records, or that a task is gone."""
+    config, found = project.config(), list[TaskRecord | None]()
+    for done, old in enumerate(records):
+        found.append(prepare_task(ctx, project, config, old, old.id in read))
+        progress(done + 1, len(records))
+    if ctx.settings.learner == "instant":
+        found = measure(ctx, project, config, found, number, shard)
+    rows = zip(records, found, strict=True)
+    return [{"id": old.id, "gone": True} if record is None else record.to_json() for old, record in rows]
+
+
 def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> None:
     """Queue the scoring of every image that has no comparable score yet, then the publishing.
 
@@ -269,9 +382,11 @@ def pictured(ctx: Context, project: Project, config: ProjectConfig) -> set[int]:
 def clean_store(ctx: Context, project: Project) -> None:
     """Delete scores, masks and maps that no longer compare with anything, and records taken in long ago."""
     # Listed before the names are looked up: what a round beside us writes meanwhile is not in the list.
-    found = {folder: project.store.list(project.key(folder)) for folder in ("scores", "clusters", "prepared", "shards")}
+    found = {folder: project.store.list(project.key(folder)) for folder in CLEANED}
     config, number = project.config(), int(project.state().get("round", 0))
     keep = {"scores": {scores_key(ctx, project, config)}, "clusters": {clusters_name(ctx, project)}}
+    fit = load_fit(project)
+    keep |= {folder: {fit.version} if fit else set() for folder in ("features", "pixels")}
     for folder, keys in found.items():
         for key in keys:
             name = key.removeprefix(project.key(folder) + "/").partition("/")[0]
@@ -279,6 +394,9 @@ def clean_store(ctx: Context, project: Project) -> None:
             if name not in keep.get(folder, ()) and not late:
                 project.store.delete(key)
     drop_maps(project)
+    if fit is not None and not ctx.board.busy(project.id):  # a round would miss what it has just written, or reads
+        drop_pixels(project, fit)
+        join_packs(ctx, project, fit, project.index())
     project.store.sweep(project.key())
 
 
@@ -346,7 +464,19 @@ def unready(ctx: Context, project: Project, index: Index) -> set[int]:
     clusters = clusters_name(ctx, project)
     maps = set(project.store.list(project.key("clusters", clusters))) if clusters else set()
     wanted = (r for r in index.values() if not r.error and (r.in_pool or has_map(r, clusters)))
-    return {r.id for r in wanted if not has_map(r, clusters) or project.cluster_key(clusters, r.id) not in maps}
+    found = {r.id for r in wanted if not has_map(r, clusters) or project.cluster_key(clusters, r.id) not in maps}
+    return found | unmeasured(ctx, project, index)
+
+
+def unmeasured(ctx: Context, project: Project, index: Index) -> set[int]:
+    """Tasks of which the instant learner lacks the features, or the pixels that their label teaches with."""
+    if ctx.settings.learner != "instant":
+        return set()
+    wanted = {r.id for r in index.values() if not r.error and (r.in_pool or r.labelled)}
+    fit = load_fit(project)
+    if fit is None:
+        return wanted
+    return (wanted - held(ctx, project, fit, index).places.keys()) | lacks_pixels(project, fit, index)
 
 
 def split(ids: Sequence[int], size: int) -> list[list[int]]:

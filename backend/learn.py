@@ -60,8 +60,8 @@ class StoredSample:
 
 
 def model_info(project: Project) -> dict[str, Any]:
-    """The model in force: version, trained (task -> label version), classes, note; empty before the first."""
-    return dict(project.store.read_json(project.key("model.json")) or {})
+    """The network in force: version, trained (task -> label version), classes, note; empty before the first."""
+    return dict(project.store.read_json(project.key("network.json")) or {})
 
 
 def untrained_labels(project: Project, index: Index, classes: Classes) -> list[TaskRecord]:
@@ -100,7 +100,7 @@ def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Netw
     if (stored := stored_network(project, key, classes)) is not None:
         return stored, str(model_info(project).get("note", ""))
     if not key.startswith("source-"):
-        project.store.write_json(project.key("model.json"), {"lost": key})
+        project.store.write_json(project.key("network.json"), {"lost": key})
         raise StartAnew(f"the checkpoint {key} is gone from the store, or damaged: the model is trained again")
     if ctx.settings.checkpoint:
         return source_network(ctx.settings.checkpoint, classes), ""
@@ -108,7 +108,7 @@ def load_network(ctx: Context, project: Project, classes: Classes) -> tuple[Netw
     network_to(project, key, network, classes, ctx)
     if note:
         log.warning("project %d: %s", project.id, note)
-        project.store.write_json(project.key("model.json"), {**model_info(project), "note": note})
+        project.store.write_json(project.key("network.json"), {**model_info(project), "note": note})
     return network, note or ""
 
 
@@ -191,7 +191,7 @@ def train_round(ctx: Context, project: Project, index: Index, config: ProjectCon
     network_to(project, version, network, config.classes, ctx)
     trained = {str(sample.record.id): sample.record.version for sample in full}  # not those whose mask was lost
     info = {"version": version, "trained": trained, "classes": list(config.classes.fine), "note": note}
-    project.store.write_json(project.key("model.json"), info)
+    project.store.write_json(project.key("network.json"), info)
     prune_models(project, version)
     log.info("project %d: %s trained on %d full and %d coarse images", project.id, version, len(full), len(weak))
 

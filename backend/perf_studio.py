@@ -10,26 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from backend import attach
 from backend.context import Context, connect
 from backend.embedded import backend_settings, start_redis, start_serve, start_studio, start_worker
 from backend.errors import JobError
-from backend.jobs import SCORE_SHARD, split
-from backend.learn import network_key
+from backend.features import FIT_IMAGES, PACK, extractor, make_fit, write_pack
+from backend.jobs import split
 from backend.perf import Item, missing, processor, ratio
 from backend.prepare import clusters_name, count_clusters
 from backend.project import Project, TaskRecord
 from backend.publish import publish_order
 from backend.rank import Place
 from backend.regions import fine_regions
-from backend.score import scorer, scores_key
 from backend.settings import Settings
 from backend.sync import refresh_config
 from model.clusters import DEFAULT_K, cluster_map, fit_image
+from model.features import spread_pixels
 from model.field import render
-from model.scoring import NUMBERS
+from model.pixel_pool import PIXELS
 
 #: Tasks of the project, and rounds of each measurement.
 TASKS, ROUNDS = 10_000, 3
@@ -44,13 +45,12 @@ SETTINGS = {
     "FIRSTROW_IMAGE_SIZE": "128",
     "FIRSTROW_NETWORK": "lraspp_efficientnet_lite0",
     "FIRSTROW_COARSE_TASKS": "0",
-    "FIRSTROW_RETRAIN_EVERY": "100000",
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A project with many tasks, all prepared and scored, and no worker yet."""
+    """A project with many tasks, all prepared, and no worker yet."""
 
     ctx: Context
     project: Project
@@ -72,7 +72,7 @@ def items(tasks: int = TASKS) -> Iterator[Item]:
 
 
 def build(folder: Path, tasks: int, stack: ExitStack) -> Stage:
-    """Redis, Label Studio and our web process; scores are drawn, since their cost is measured elsewhere."""
+    """Redis, Label Studio and our web process."""
     redis_url, studio = stack.enter_context(start_redis(folder)), stack.enter_context(start_studio(folder))
     environment = {**SETTINGS, **backend_settings(folder, redis_url, studio)}
     stack.enter_context(start_serve(folder, environment))
@@ -90,8 +90,9 @@ def build(folder: Path, tasks: int, stack: ExitStack) -> Stage:
 
 
 def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
-    """Leave in the store what preparing and scoring these tasks would have left."""
-    config, rng = refresh_config(ctx, project), np.random.default_rng(0)
+    """Leave in the store what preparing these tasks would have left; features are drawn around those of one image."""
+    refresh_config(ctx, project)
+    rng = np.random.default_rng(0)
     pixels, size = ctx.images(project.id).get(project.id, ids[0], image)
     book = fit_image(pixels, DEFAULT_K, rng)
     project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(ids)})
@@ -102,18 +103,19 @@ def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
     stamps = {row["id"]: row.get("updated_at", "") for row in ctx.studio.tasks(project.id)}
     records = {t: TaskRecord(t, image, stamps[t], size=size, clusters=clusters, counts=counts) for t in ids}
     project.save_index(records)
-    key, classes = scores_key(ctx, project, config), config.classes
-    network = scorer(ctx, project, network_key(ctx, project, classes), classes)
-    one = network.score(pixels, np.full(labels.shape, classes.any_row, np.uint8))
-    for number, part in enumerate(split(ids, SCORE_SHARD)):
-        arrays = {
-            "task": np.array(part, np.int64),
-            "version": np.array([""] * len(part), "U12"),
-            "columns": rng.random((len(part), len(NUMBERS))),
-            "embedding": rng.normal(size=(len(part), one.embedding.size)).astype(np.float32),
-            "features": rng.normal(size=(len(part), one.features.size)).astype(np.float32),
-        }
-        project.store.write_arrays(project.key("scores", key, f"{number}.npz"), arrays)
+    sees, places = extractor(ctx.settings.network)[0], spread_pixels((labels.shape[0], labels.shape[1]), PIXELS)
+    [seen] = sees.sample([pixels], [places])
+    spread, draw = seen.std(0), torch.Generator().manual_seed(0)
+
+    def drawn() -> torch.Tensor:
+        return seen[torch.randperm(PIXELS, generator=draw)] + spread * torch.randn(seen.shape, generator=draw)
+
+    colour = pixels[places[:, 0], places[:, 1]]
+    fit, _ = make_fit(ctx, [drawn() for _ in range(FIT_IMAGES)], [colour] * FIT_IMAGES, rng)
+    for part in split(ids, PACK):
+        features = torch.stack([fit.scaling(drawn()).half() for _ in part])
+        write_pack(ctx, project, fit, [records[task] for task in part], features)
+    project.store.write_arrays(project.key("pool.npz"), fit.to_arrays())
 
 
 def publish_item(stage: Stage, tasks: int) -> Item:

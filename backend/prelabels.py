@@ -101,7 +101,7 @@ def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapp
     record, labels = stored(project, task, state)
     own = project.own_coarse(record, config)
     clusters = None if labels is None else coarse_map(labels, project.decided(config), own)
-    seen = project.prediction(str(state.get("model", "")), task, config.classes.fine)
+    seen = project.prediction(str(state.get("masks", state.get("model", ""))), task, config.classes.fine)
     if seen is None:
         if clusters is None or not known(clusters).any():
             return []

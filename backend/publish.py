@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -30,13 +30,12 @@ from backend.errors import InUseError, JobError, LabelStudioError
 from backend.faults import noted
 from backend.generations import VERSION, queue_name, remember
 from backend.label_config import ProjectConfig
-from backend.learn import is_trained, model_info, network_key
+from backend.model_in_force import model_in_force
 from backend.own_updates import change, refuse_drafted
 from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
-from backend.score import scores_key
 from backend.sync import check_config
 
 log = logging.getLogger(__name__)
@@ -48,20 +47,39 @@ CHUNK = 50_000
 SMALL, CHANGES = 500, 50
 #: Why coarse labels are set aside.
 WANTED = "task {} is wanted in full and its coarse label is to be set aside"
+#: Has the store hold the masks of these tasks.
+Show = Callable[[Sequence[int]], object]
 
 
 def publish_order(
-    ctx: Context, project: Project, index: Index, config: ProjectConfig, places: Sequence[Place], number: int
+    ctx: Context,
+    project: Project,
+    index: Index,
+    config: ProjectConfig,
+    places: Sequence[Place],
+    number: int,
+    show: Show | None = None,
 ) -> dict[str, Any]:
     """Have Label Studio serve exactly these places, in this order.
 
     Everything is put in place under a new name first; one request then makes it the order in force. A round that
     dies in between leaves the old order; the next one starts over.
 
+    Args:
+        ctx: the doors.
+        project: which project.
+        index: its tasks.
+        config: its label config.
+        places: the order.
+        number: of the round.
+        show: has the store hold the masks of these tasks, where they are not made for all beforehand.
+
     Returns:
         The project's new state, already stored.
     """
+    show = show or (lambda _: None)
     tasks = [place.task for place in places]
+    show([place.task for place in places if place.ask == "coarse"])  # guesses of clusters go by them
     served = standing(ctx, project, tasks)
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
@@ -71,8 +89,10 @@ def publish_order(
     ctx.board.go_on(project.id)
     answer_for(ctx, project, state)
     if served is not None:
-        move_head(ctx, project, config, tasks, state, served)
+        move_head(ctx, project, config, tasks, state, served, show)
+        show(tasks[:HEAD])
     elif places:
+        show(tasks[:HEAD])
         send(ctx, project, config, places, state)
         ctx.board.go_on(project.id)
         check_config(ctx, project)
@@ -91,7 +111,7 @@ def answer_for(ctx: Context, project: Project, state: dict[str, Any]) -> None:
 
     Only for what they answer from: `round`, `queue` and `basis` name the order that is served, until this one is.
     """
-    answered = {name: state[name] for name in ("version", "model", "clusters", "coarse")}
+    answered = {name: state[name] for name in ("version", "model", "masks", "clusters", "coarse")}
     before = project.state()
     if before:
         ctx.board.set_state(project.id, {**before, **answered})
@@ -118,6 +138,7 @@ def move_head(
     tasks: Sequence[int],
     state: dict[str, Any],
     served: dict[str, Any],
+    show: Show,
 ) -> None:
     """Bring the first tasks to the front of the order in force, by as few predictions as that takes."""
     wanted = set(tasks)
@@ -128,6 +149,7 @@ def move_head(
     project.store.write_json(project.key("served.json"), served)
     for position, task in enumerate(head):  # the first one first: it is what the next person gets
         ctx.board.go_on(project.id)
+        show([task])
         result = regions(project, config, task, state)
         score = head_score(served["changes"], position)
         ctx.studio.create_prediction(task, result, served["queue"], score)
@@ -159,18 +181,19 @@ def new_state(
     ctx: Context, project: Project, index: Index, config: ProjectConfig, places: Sequence[Place], number: int
 ) -> dict[str, Any]:
     """The small state that the web process answers from."""
-    key = network_key(ctx, project, config.classes)
+    model = model_in_force(ctx, project, config)
     coarse = {str(p.task): guesses(ctx, project, index[p.task], config) for p in places if p.ask == "coarse"}
     return {
         "round": number,
         "queue": queue_name(number),
         "version": f"{VERSION}-{number}",
-        "model": key if is_trained(ctx, key) else "",
+        "model": model.name,
+        "masks": model.masks,
         "clusters": clusters_name(ctx, project),
         "phase": "coarse" if coarse else "full",
         "coarse": coarse,
         "stages": stages(index),
-        "note": model_info(project).get("note", ""),
+        "note": model.note,
         "published": time.time(),
         "basis": basis(ctx, project, index, config),
         "tasks": len(places),
@@ -181,7 +204,8 @@ def basis(ctx: Context, project: Project, index: Index, config: ProjectConfig) -
     """Names all that an order depends on: equal basis, equal order."""
     tasks = [(r.id, r.image, r.stage, r.version, r.callable, r.error) for r in index.values()]
     wishes = (ctx.settings.strategy, ctx.settings.coarse_tasks, config)
-    return hashlib.sha1(repr((sorted(tasks), wishes, scores_key(ctx, project, config))).encode()).hexdigest()
+    compared = model_in_force(ctx, project, config).compared
+    return hashlib.sha1(repr((sorted(tasks), wishes, compared)).encode()).hexdigest()
 
 
 def in_force(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:

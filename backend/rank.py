@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from backend.coarse_answers import SKIPS
 from backend.context import Context
 from backend.faults import concerns_all
 from backend.label_config import ProjectConfig
-from backend.learn import is_trained, network_key
+from backend.model_in_force import model_in_force
 from backend.prepare import clusters_name, histograms
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
 from backend.score import COLUMNS, Scores, read_scores
@@ -39,15 +39,24 @@ class Place:
         ask: what a person is asked there: `coarse` or `full`.
         utility: the strategy's value; higher is wanted more. NaN where the strategy had nothing to go by.
         parts: what the utility is made of, by name.
+        why: in words; empty where there are none.
+        kind: of pixels that it has its place for, see `model.kinds`; None where that is not why.
     """
 
     task: int
     ask: str
     utility: float
     parts: dict[str, float]
+    why: str = ""
+    kind: int | None = None
 
 
-def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> list[Place]:
+Order = Callable[[Sequence[TaskRecord]], list[Place]]
+
+
+def rank(
+    ctx: Context, project: Project, index: Index, config: ProjectConfig, order: Order | None = None
+) -> list[Place]:
     """Every task that Label Studio may serve, best first.
 
     First come the tasks whose coarse labels cover the pool best, while coarse labels are wanted; then the strategy's
@@ -58,23 +67,23 @@ def rank(ctx: Context, project: Project, index: Index, config: ProjectConfig) ->
     places = [Place(task, "coarse", float("nan"), {"coverage": share}) for task, share in asked]
     first = {place.task for place in places}
     rest = [r for r in pool(index) if r.id not in first and (r.stage != "coarse" or r.callable)]
-    places += strategy_order(ctx, project, index, config, rest)
+    places += order(rest) if order else by_scores(ctx, project, index, config, rest)
+    left = {record.id for record in rest} - {place.task for place in places}
+    places += [Place(task, "full", float("nan"), {}) for task in sorted(left)]
     head = 0 if asked else HEAD
     return [p for n, p in enumerate(places) if index[p.task].stage != "coarse" or n < head]
 
 
-def strategy_order(
+def by_scores(
     ctx: Context, project: Project, index: Index, config: ProjectConfig, records: Sequence[TaskRecord]
 ) -> list[Place]:
-    """The strategy's order of these pool tasks; those without a score last, by id."""
+    """The strategy's order of those of these pool tasks that have a score."""
     scores = read_scores(ctx, project, config, index)
     scored = [r.id for r in records if r.id in scores.rows and not r.error]
     known = [r.id for r in labelled(index) if r.id in scores.rows]
     rng = np.random.default_rng([project.id, len(known)])
     ranking = STRATEGIES[ctx.settings.strategy](as_pool(scores, scored, known), rng)
-    places = [reasoned(scored, ranking, int(i)) for i in ranking.order]
-    left = sorted({r.id for r in records} - set(scored))
-    return places + [Place(task, "full", float("nan"), {}) for task in left]
+    return [reasoned(scored, ranking, int(i)) for i in ranking.order]
 
 
 def as_pool(scores: Scores, scored: Sequence[int], known: Sequence[int]) -> Pool:
@@ -139,8 +148,8 @@ def guesses(ctx: Context, project: Project, record: TaskRecord, config: ProjectC
     labels = project.store.read_map(project.cluster_key(clusters, record.id))
     if labels is None:
         return []
-    key = network_key(ctx, project, config.classes)
-    seen = project.prediction(key, record.id, config.classes.fine) if is_trained(ctx, key) else None
+    masks = model_in_force(ctx, project, config).masks
+    seen = project.prediction(masks, record.id, config.classes.fine)
     green = None
     if seen is None and len(config.classes.coarse) == 2:
         green = greenness(ctx, project, record, labels, len(decided))

@@ -36,10 +36,11 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         the queue), `stages` (tasks per stage), `without_mask` (tasks with answers that are no mask and that we leave
         alone: Label Studio does not serve them again), `waiting` (whether changes wait for a round), `jobs` (of the
         round in progress, with `done` of `total`), `labels` (what there is to say of single labels), `workers`,
-        `head` (first places of the queue: task, ask, utility, parts), `unusable` (`count`, and the `tasks` by id:
-        task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
+        `head` (first places of the queue: task, ask, utility, parts, why, kind), `unusable` (`count`, and the `tasks`
+        by id: task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
         None when all is well), `known` (attached, or connected by Label Studio's settings page), `stopped` (by a
-        detach), `missing` (what `attach` would still add).
+        detach), `milliseconds` (by step, of the last
+        round by the instant learner), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -62,6 +63,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "error": ctx.board.error(project),
         "known": project in ctx.board.projects() or here.attached(),
         "stopped": ctx.board.stopped(project),
+        "milliseconds": here.store.read_json(here.key("laps.json")) or {},
         "missing": missing(ctx, project),
     }
 
@@ -119,13 +121,19 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     if found["stages"]:
         console.print(_table("Tasks", list(found["stages"]), [list(found["stages"].values())]))
     if found["head"]:
-        console.print(_table("Head of the queue", ["", "task", "asks for", "utility", "parts"], _places(found["head"])))
+        console.print(
+            _table("Head of the queue", ["", "task", "asks for", "utility", "because"], _places(found["head"]))
+        )
     if found["jobs"]:
         console.print(_table("Jobs of this round", ["step", "queue", "status", "progress"], _jobs(found["jobs"])))
     if found["unusable"]["count"]:
         rows = found["unusable"]["tasks"][:SHOWN_UNUSABLE]
         title = f"Unusable tasks ({len(rows)} of {found['unusable']['count']})"
         console.print(_table(title, ["task", "why, and what to do", "next try"], _faults(rows)))
+    if found["milliseconds"]:
+        steps = found["milliseconds"]
+        columns = [*steps, "together"]
+        console.print(_table("Milliseconds of the last round", columns, [[*steps.values(), sum(steps.values())]]))
     workers = [[w["name"], ", ".join(w["queues"]), w["state"]] for w in found["workers"]]
     if workers:
         console.print(_table("Workers", ["name", "queues", "state"], workers))
@@ -147,7 +155,7 @@ def _summary(found: Mapping[str, Any]) -> str:
 
 def _places(head: Iterable[Mapping[str, Any]]) -> list[list[object]]:
     return [
-        [n + 1, place["task"], place["ask"], _number(place["utility"]), _parts(place["parts"])]
+        [n + 1, place["task"], place["ask"], _number(place["utility"]), place.get("why") or _parts(place["parts"])]
         for n, place in enumerate(head)
     ]
 

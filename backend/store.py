@@ -67,10 +67,10 @@ class Store:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Store) and other.url == self.url
 
-    def read(self, key: str) -> bytes | None:
-        """The bytes under a key, None when there are none."""
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes | None:
+        """The bytes under a key, or those from `start` up to `end`; None when there are none."""
         with self._door("read", key) as path, suppress(FileNotFoundError, NotADirectoryError):
-            return bytes(self.files.cat_file(path))
+            return bytes(self.files.cat_file(path, start=start, end=end))
         return None
 
     def write(self, key: str, data: bytes) -> None:

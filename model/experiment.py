@@ -20,18 +20,16 @@ from model.features import Extractor, Maps, fit_scaling, spread_pixels
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
-    LEFT_OUT,
     Head,
     LabelledPixels,
     Sums,
     choose_pixels,
     coarse_sums,
-    fit,
     names_foreground,
     no_sums,
     solve,
-    weak_sums,
 )
+from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
 from model.masks import STRIDE, mask_of, predict
 from model.metrics import confusion
 from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
@@ -43,10 +41,6 @@ from model.strategies import DEFAULT, REFERENCES, STRATEGIES
 
 Map = NDArray[np.uint8]
 
-#: Pixels that an annotation teaches with, and pixels of each image of the pool that weak labels are made of.
-LABELLED, WEAK = 800, 20
-#: Labelled images up to which weak labels help.
-WEAK_UNTIL = 3
 #: Share of the pool that a seed may pick from: what a start is by chance, since learning has no chance in it.
 DRAWN = 0.7
 #: What strategies read, by the names of `model.pixel_scores`; "oracle" is the magnitude against hidden masks.
@@ -171,11 +165,10 @@ class Experiment:
             sums = sums + self.sums(index)
         if not sums.labelled.any():
             return self.start(weak), time.perf_counter() - begin
-        if weak and self.coarse_head and len(labelled) <= WEAK_UNTIL:
-            pixels = self.pool.features[:, :WEAK].flatten(0, 1).float()
-            sums = sums + weak_sums(solve(sums), self.coarse_head, pixels, self.classes, 1 / len(labelled))
-        few = labelled[:: max(1, len(labelled) // LEFT_OUT)][:LEFT_OUT]
-        head = fit([self._annotations[i] for i in few], sums, [self.sums(i) for i in few])
+        few, coarse = left_out_of(labelled), self.coarse_head if weak and len(labelled) <= WEAK_UNTIL else None
+        pixels = self.pool.features[:, :WEAK].flatten(0, 1).float() if coarse else torch.zeros(0)
+        images, own = [self._annotations[i] for i in few], [self.sums(i) for i in few]
+        head = head_of(sums, images, own, coarse, pixels, self.classes)
         return head, time.perf_counter() - begin
 
     def start(self, coarse: bool) -> Head:
@@ -183,9 +176,7 @@ class Experiment:
         count = len(self.classes.fine)
         if not coarse or self.coarse_head is None:
             return Head(self.classes.fine, torch.zeros(count, self._scaling.dimensions), torch.zeros(count))
-        side = torch.from_numpy((self.classes.coarse_of() != 0).astype(np.int64))
-        shared = torch.bincount(side, minlength=2).float().log()
-        return Head(self.classes.fine, self.coarse_head.weights[side], (self.coarse_head.bias - shared)[side])
+        return head_from_coarse(self.coarse_head, self.classes)
 
     def order(
         self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool, seed: int
@@ -213,7 +204,7 @@ class Experiment:
         seen = [*labelled, *rest]
         pool = PixelPool(self.pool.features[seen], self.pool.kinds, self.pool.kind_of[seen], self.pool.reduced[seen])
         known = head if labelled else None
-        ranked = FirstRow(pool, known, self.coarse_head, self.classes, range(len(labelled)), rng)
+        ranked = FirstRow.of(pool, known, self.coarse_head, self.classes, range(len(labelled)), rng)
         return [seen[int(i)] for i in ranked.order]
 
     def _as_pool(self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool) -> Pool:

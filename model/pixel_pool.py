@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.classes import Classes
+from model.features import Maps, Scaling
 from model.heads import Head, foreground_probability
 from model.kinds import Chosen, Kinds, Tables, Worth, choose, design_variance, fit_kinds, reason, tabulate, worth_of
 from model.pixel_scores import CACHED
 
 #: Pixels that are kept of an image.
 PIXELS = 224
+#: Side of the squares in which pictures show kinds, in pixels.
+SQUARE = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,6 @@ class FirstRow:
     """The default rule: kinds of pixels times doubt, the first image by design; see `model.kinds`.
 
     Attributes:
-        pool: all images.
         tables: of all images.
         worth: of the kinds.
         chosen: the order; its indices are those of `images`.
@@ -52,14 +54,44 @@ class FirstRow:
 
     def __init__(
         self,
+        tables: Tables,
+        kinds: Kinds,
+        classes: int,
+        labelled: Sequence[int],
+        rng: np.random.Generator,
+        first: int | None = None,
+    ) -> None:
+        """Order the images that have no label.
+
+        Args:
+            tables: of all images.
+            kinds: of pixels.
+            classes: how many the head tells apart.
+            labelled: indices of labelled images.
+            rng: of ties.
+            first: the image that goes first whatever it shows; by `first_by_design` while nothing is labelled.
+        """
+        self.tables, self._kinds, self._classes = tables, kinds, classes
+        self.worth: Worth = worth_of(tables)
+        self.images = np.setdiff1d(np.arange(len(tables.share)), np.asarray(labelled, np.intp))
+        share, seen = tables.share[self.images], tables.share[list(labelled)]
+        self.chosen: Chosen = choose(share, seen, self.worth, rng)
+        if first is not None:
+            place = int(np.searchsorted(self.images, first))
+            rest = choose(np.delete(share, place, 0), np.concatenate([seen, share[[place]]]), self.worth, rng)
+            self.chosen = put_first(place, rest, self.chosen)
+
+    @classmethod
+    def of(
+        cls,
         pool: PixelPool,
         head: Head | None,
         coarse: Head | None,
         classes: Classes,
         labelled: Sequence[int],
         rng: np.random.Generator,
-    ) -> None:
-        """Order the images that have no label.
+    ) -> FirstRow:
+        """The rule on a pool whose features are at hand.
 
         Args:
             pool: all images.
@@ -69,17 +101,9 @@ class FirstRow:
             labelled: indices of labelled images.
             rng: of ties.
         """
-        self.pool, self._classes = pool, len(classes.fine)
-        inside, doubt = foreground_of(pool.features, head, coarse, classes), doubt_of(pool.features, head)
-        self.tables: Tables = tabulate(pool.kind_of, len(pool.kinds.centres), doubt, inside)
-        self.worth: Worth = worth_of(self.tables)
-        self.images = np.setdiff1d(np.arange(len(pool.kind_of)), np.asarray(labelled, np.intp))
-        share = self.tables.share
-        self.chosen: Chosen = choose(share[self.images], share[list(labelled)], self.worth, rng)
-        if not labelled and len(self.images):
-            first = int(design_variance(pool.reduced, inside).argmin())
-            rest = choose(np.delete(share, first, 0), share[[first]], self.worth, rng)
-            self.chosen = put_first(first, rest, self.chosen)
+        inside, tables = opinions(pool.features, pool.kind_of, pool.kinds, head, coarse, classes)
+        first = int(design_variance(pool.reduced, inside).argmin()) if len(pool.reduced) and not labelled else None
+        return cls(tables, pool.kinds, len(classes.fine), labelled, rng, first)
 
     @property
     def order(self) -> NDArray[np.intp]:
@@ -87,15 +111,43 @@ class FirstRow:
         order: NDArray[np.intp] = self.images[self.chosen.order]
         return order
 
+    def gain(self, image: int) -> float:
+        """What an image without a label brings, when it got its place."""
+        return float(self.chosen.gain[int(np.searchsorted(self.images, image))])
+
     def why(self, image: int) -> str:
         """Why an image without a label has its place, in words."""
         place, share = int(np.searchsorted(self.images, image)), self.tables.share[self.images]
-        return reason(self.chosen, place, share, self.worth, self.pool.kinds.words, self._classes)
+        return reason(self.chosen, place, share, self.worth, self._kinds.words, self._classes)
 
-    def shows(self, image: int) -> NDArray[np.bool_]:
-        """(P,) which of an image's pixels are of the kind that it has its place for; for a picture of the reason."""
-        kind = self.chosen.kind[int(np.searchsorted(self.images, image))]
-        return np.asarray(self.pool.kind_of[image] == kind)
+    def kind(self, image: int) -> int:
+        """The kind of pixels that an image has its place for; its pixels in the image make a picture of the reason."""
+        return int(self.chosen.kind[int(np.searchsorted(self.images, image))])
+
+
+def opinions(
+    features: Tensor, kind_of: NDArray[np.uint8], kinds: Kinds, head: Head | None, coarse: Head | None, classes: Classes
+) -> tuple[NDArray[np.float32], Tables]:
+    """What the heads think of some images: (N, P) probability of foreground, and their tables."""
+    inside = foreground_of(features, head, coarse, classes)
+    return inside, tabulate(kind_of, len(kinds.centres), doubt_of(features, head), inside)
+
+
+def kind_map(maps: Maps, scaling: Scaling, kinds: Kinds) -> NDArray[np.uint8]:
+    """(H, W) the kind of every pixel of one image, in squares of `SQUARE` pixels; for pictures of reasons.
+
+    Args:
+        maps: of that one image.
+        scaling: of the features that the kinds were found in.
+        kinds: of pixels.
+    """
+    height, width = maps.size
+    rows, columns = (np.minimum(np.arange(0, side, SQUARE) + SQUARE // 2, side - 1) for side in (height, width))
+    places = torch.from_numpy(np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(1, -1, 2))
+    with torch.inference_mode():
+        features = scaling(maps.at(places.to(maps.images.device)).cpu())
+    small = kinds.of(kinds.reduced(features.numpy())).reshape(len(rows), len(columns))
+    return np.asarray(small.repeat(SQUARE, 0)[:height].repeat(SQUARE, 1)[:, :width], np.uint8)
 
 
 def make_pool(features: Tensor, colours: NDArray[np.uint8], rng: np.random.Generator) -> PixelPool:

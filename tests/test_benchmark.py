@@ -218,7 +218,6 @@ def test_every_strategy_runs_with_the_instant_learner(field: Path, name: str) ->
     assert len({row.image for row in rows[1:]}) == 3
     assert {row.setting for row in rows} == {"instant 128 px"}
     assert rows[3].mIoU > 0.4
-    assert all(row.train_seconds < 2 and row.score_seconds < 2 for row in rows)
 
 
 def test_the_instant_learner_has_no_chance_in_it(field: Path) -> None:

@@ -112,7 +112,9 @@ def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
     }
     board.set_state(7, {**state, "stages": stages, "tasks": 4})
     place = {"task": 31, "ask": "full", "utility": 0.25, "parts": {"coarse_egl": 0.5, "novelty": 0.5}}
-    here.store.write_json(here.key("ranking.json"), [place, {**place, "task": 32, "utility": float("nan")}])
+    why = {"why": "shows dark green pixels", "kind": 3}
+    here.store.write_json(here.key("ranking.json"), [place, {**place, "task": 32, "utility": float("nan"), **why}])
+    here.store.write_json(here.key("laps.json"), {"learn": 40, "rank": 20})
     now = time.time()
     tries = {33: now - 1, 34: now + 20 * 60 + 9, 35: now + 3 * 3600 + 9}
     faulty = {
@@ -133,7 +135,8 @@ def test_status_as_json_and_as_tables(environment: dict[str, str]) -> None:
     text = shown(found)
     for words in (
         "Project 7 round 4, asks for full labels, 4 tasks in the queue, version seg-4, model no trained model yet",
-        "task asks for utility parts 1 31 full 0.25 coarse_egl 0.5, novelty 0.5 2 32 full - coarse_egl 0.5",
+        "task asks for utility because 1 31 full 0.25 coarse_egl 0.5, novelty 0.5 2 32 full - shows dark green pixels",
+        "Milliseconds of the last round learn rank together 40 20 60",
         "Jobs of this round step queue status progress start_round default queued 0/0",
         "Unusable tasks (3 of 3) task why, and what to do next try 33 cannot be read: save it anew now",
         "34 cannot be read: save it anew in 20 min 35 cannot be read: save it anew in 3 h",

@@ -19,10 +19,10 @@ from backend import generations, publish
 from backend.attach import apply, plan
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
+from backend.features import held, load_fit
 from backend.generations import KEEP_ORDERS, PAGE, gather, remove
 from backend.project import TaskRecord
 from backend.rank import Place
-from backend.score import scored
 
 CONFIG = """<View><Image name="image" value="$image"/><BrushLabels name="fine" toName="image">
 <Label value="Soil"/><Label value="Crop"/></BrushLabels></View>"""
@@ -83,8 +83,10 @@ def test_workers_share_the_shards_of_a_round_over_s3(
         for child in psutil.Process(processes[0].pid).children():
             child.kill()
         backend.wait(project)
-        here, config = backend.context.project(project), backend.context.project(project).config()
-        assert len(scored(backend.context, here, config, here.index())) == TASKS
+        here = backend.context.project(project)
+        fit = load_fit(here)
+        assert fit is not None
+        assert len(held(backend.context, here, fit, here.index()).places) == TASKS
         assert len(here.store.read_json(here.key("ranking.json"))) == TASKS
         busy = [text for text in texts(folders) if f"prepare project {project}" in text]
         assert len(busy) >= 2, "more than one worker took part"

@@ -843,10 +843,11 @@ def test_a_background_renamed_without_attach_makes_no_pixel_background(
 def test_a_config_that_changes_in_mid_round_starts_it_anew(share_backend: Share, pictures: Pictures) -> None:
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
     before, task = team.attach(), team.ranking()[0]
+    team.project.store.delete(team.project.key("pool.npz"))  # the round is a long one: all features are made anew
     team.segment(task)
     board = team.backend.context.board
-    while not any(job.get("step") == "train" for job in board.jobs(team.id)):
-        assert board.busy(team.id)
+    steps = {"fit_codebook": "started"}.items()
+    wait_for(lambda: any({job["step"]: job["status"]}.items() >= steps for job in board.jobs(team.id)), 30, team.log)
     labels = '<Label value="weed"/><Label value="soil"/><Label value="crop"/>'
     team.studio.patch_project(team.id, label_config=swapped(team, labels))
     team.wait(before)

@@ -1,0 +1,342 @@
+"""Features of a project's images in the store: how they are scaled and what kinds there are, and packs of them.
+
+They are computed once per image. What follows a label reads them from here and opens no image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backend.context import Context
+from backend.enqueue import progress
+from backend.faults import concerns_all, due
+from backend.project import Index, Project, TaskRecord
+from backend.store import Store
+from model.features import Extractor, Scaling, fit_scaling, spread_pixels
+from model.kinds import Kinds, fit_kinds
+from model.network import SHIPPED, PretrainedError, device
+from model.pixel_pool import PIXELS
+
+log = logging.getLogger(__name__)
+
+#: Images that the scaling and the kinds are made from, images that are tried for it, and seconds spent on them.
+FIT_IMAGES, FIT_TRIES, FIT_SECONDS = 200, 600, 1200.0
+#: Pixels of each of these images that the scaling is made from.
+FIT_PIXELS = 64
+#: Images per pack.
+PACK = 64
+#: Made from fewer images than `FIT_IMAGES`, scaling and kinds are made again when the pool has grown by this factor.
+GROWTH = 2.0
+#: Packs of less than half of that, from which on they are joined.
+MANY = 16
+#: Packs of which this process remembers what is in them.
+REMEMBERED = 4096
+#: Packs whose features this process has found whole; they never change.
+WHOLE: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the features of a project are scaled, and its kinds of pixels.
+
+    Attributes:
+        version: names all that features, sums and heads must have in common to be used together.
+        network: whose backbone sees the images.
+        images: from how many images it was made.
+        scaling: of features.
+        kinds: of pixels.
+    """
+
+    version: str
+    network: str
+    images: int
+    scaling: Scaling
+    kinds: Kinds
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """For the store."""
+        axes = {f"axes:{number}": part.numpy() for number, part in enumerate(self.scaling.axes)}
+        return {
+            "named": np.array([self.version, self.network]),
+            "images": np.array(self.images),
+            "mean": self.scaling.mean.numpy(),
+            "deviation": self.scaling.deviation.numpy(),
+            **axes,
+            "kinds:mean": self.kinds.mean,
+            "kinds:axes": self.kinds.axes,
+            "centres": self.kinds.centres,
+            "words": np.array(self.kinds.words),
+            "examples": self.kinds.examples,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Fit:
+        """The inverse of `to_arrays`."""
+        blocks = sum(name.startswith("axes:") for name in arrays)
+        axes = tuple(torch.from_numpy(arrays[f"axes:{number}"]) for number in range(blocks))
+        scaling = Scaling(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["deviation"]), axes)
+        words = tuple(str(word) for word in arrays["words"])
+        kinds = Kinds(arrays["kinds:mean"], arrays["kinds:axes"], arrays["centres"], words, arrays["examples"])
+        version, network = (str(name) for name in arrays["named"])
+        return cls(version, network, int(arrays["images"]), scaling, kinds)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is in a pack besides the features.
+
+    Attributes:
+        key: where the features lie in the store.
+        tasks: (N,) task ids.
+        images: (N,) digests of the images that the features are of.
+        kinds: (N, P) kind of each pixel.
+        width: D, features of a pixel.
+        checksum: of the features.
+    """
+
+    key: str
+    tasks: NDArray[np.int64]
+    images: NDArray[np.str_]
+    kinds: NDArray[np.uint8]
+    width: int
+    checksum: int
+
+    def features(self, store: Store) -> Tensor | None:
+        """(N, P, D) standardised, in half precision; None where they are lost, damaged ones are deleted."""
+        data = store.read(self.key)
+        whole = data is not None and len(data) == 2 * self.kinds.size * self.width
+        if data is None or not whole or not self._is_whole(data):
+            store.discard(self.key, data)
+            return None
+        return self._as_tensor(data, len(self.tasks))
+
+    def of_image(self, store: Store, row: int) -> Tensor | None:
+        """(P, D) the features of one image."""
+        if self.key not in WHOLE:
+            every = self.features(store)
+            return None if every is None else every[row]
+        size = 2 * self.kinds.shape[1] * self.width
+        data = store.read(self.key, row * size, (row + 1) * size)
+        return None if data is None or len(data) != size else self._as_tensor(data, 1)[0]
+
+    def _is_whole(self, data: bytes) -> bool:
+        if self.key not in WHOLE and zlib.crc32(data) == self.checksum:
+            WHOLE.add(self.key)
+        return self.key in WHOLE
+
+    def _as_tensor(self, data: bytes, count: int) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.float16).view(count, self.kinds.shape[1], self.width)
+
+
+@lru_cache(maxsize=1)
+def extractor(network: str) -> tuple[Extractor, str, str]:
+    """Computes features: by this network's backbone, or the one that needs no download and a sentence that says so.
+
+    Returns:
+        It, the network whose backbone it has, and the sentence; empty if it is the one that was asked for.
+    """
+    log.info("network loaded: %s", network)
+    try:
+        return Extractor(network, device()), network, ""
+    except PretrainedError as error:
+        return Extractor(SHIPPED, device()), SHIPPED, f"Using {SHIPPED} instead of {network}: {error}"
+
+
+def image_digest(record: TaskRecord, size: int) -> str:
+    """Names the image that features are of."""
+    return hashlib.sha1(f"{size} {record.image}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def load_fit(project: Project) -> Fit | None:
+    """Scaling and kinds of the project; None before there are any."""
+    arrays = project.store.read_arrays(project.key("pool.npz"))
+    return None if arrays is None else Fit.from_arrays(arrays)
+
+
+def fit_is_stale(ctx: Context, project: Project, tasks: int) -> bool:
+    """Whether there is no scaling yet, it is of another network or size, or the pool has outgrown it."""
+    fit = load_fit(project)
+    if fit is None or not fit.version.startswith(kind_of_fit(ctx)):
+        return True
+    return fit.images < FIT_IMAGES and tasks > GROWTH * fit.images
+
+
+def kind_of_fit(ctx: Context) -> str:
+    """How versions begin that belong to these settings."""
+    settings = ctx.settings
+    return hashlib.sha1(f"{settings.network} {settings.image_size}".encode()).hexdigest()[:6] + "-"
+
+
+def fit_features(ctx: Context, project: Project, index: Index) -> None:
+    """Find how the features of the project are scaled, and its kinds of pixels; keep both."""
+    rng = np.random.default_rng(project.id)
+    records, raw, colours = sampled(ctx, project, index, rng)
+    if not records:
+        return
+    fit, features = make_fit(ctx, raw, colours, rng)
+    ctx.board.go_on(project.id)
+    for start in range(0, len(records), PACK):
+        write_pack(ctx, project, fit, records[start : start + PACK], features[start : start + PACK])
+    project.store.write_arrays(project.key("pool.npz"), fit.to_arrays())
+
+
+def make_fit(
+    ctx: Context, raw: Sequence[Tensor], colours: Sequence[NDArray[np.uint8]], rng: np.random.Generator
+) -> tuple[Fit, Tensor]:
+    """Scaling and kinds of a sample of images, as `sampled` gives it, and its features (N, P, D) scaled."""
+    sees, network, _ = extractor(ctx.settings.network)
+    scaling = fit_scaling(torch.cat([part[:FIT_PIXELS] for part in raw]).float(), sees.widths)
+    features = torch.stack([scaling(part.float()).half() for part in raw])
+    kinds = fit_kinds(features.numpy(), np.stack(colours), rng)
+    version = kind_of_fit(ctx) + hashlib.sha1(scaling.mean.numpy().tobytes() + kinds.centres.tobytes()).hexdigest()[:8]
+    return Fit(version, network, len(raw), scaling, kinds), features
+
+
+def sampled(
+    ctx: Context, project: Project, index: Index, rng: np.random.Generator
+) -> tuple[list[TaskRecord], list[Tensor], list[NDArray[np.uint8]]]:
+    """A bounded sample of the project's images: records, features (P, R) not standardised, colours (P, 3)."""
+    usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
+    ids = sorted(rng.permutation(usable or sorted(index)), key=lambda task: index[int(task)].tries)[:FIT_TRIES]
+    records, raw, colours, until = list[TaskRecord](), list[Tensor](), [], time.monotonic() + FIT_SECONDS
+    for task in ids:
+        record = index[int(task)]
+        try:
+            image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
+            places = spread_pixels((image.shape[0], image.shape[1]), PIXELS)
+            [features] = extractor(ctx.settings.network)[0].sample([image], [places])
+        except Exception as error:
+            if concerns_all(error, ctx.studio):
+                raise
+            continue  # it is noted in the task's record when its own features are computed
+        records.append(record)
+        raw.append(features.half())
+        colours.append(image[places[:, 0], places[:, 1]])
+        progress(len(records), min(len(ids), FIT_IMAGES))
+        if len(records) == FIT_IMAGES or time.monotonic() > until:
+            break
+    return records, raw, colours
+
+
+def write_pack(ctx: Context, project: Project, fit: Fit, records: Sequence[TaskRecord], features: Tensor) -> None:
+    """Keep the features (N, P, D) of some tasks' images."""
+    stored = features.half().contiguous().numpy()
+    images = [image_digest(record, ctx.settings.image_size) for record in records]
+    tasks = [record.id for record in records]
+    name = hashlib.sha1(repr([tasks, images, fit.version]).encode()).hexdigest()[:16]
+    data = stored.tobytes()
+    project.store.write(project.key("features", fit.version, f"{name}.f16"), data)
+    about = {
+        "tasks": np.array(tasks, np.int64),
+        "images": np.array(images, "U12"),
+        "kinds": fit.kinds.of(fit.kinds.reduced(stored)),
+        "numbers": np.array([stored.shape[2], zlib.crc32(data)], np.int64),
+    }
+    project.store.write_arrays(project.key("features", fit.version, f"{name}.npz"), about)
+
+
+def packs(project: Project, fit: Fit) -> Iterator[Pack]:
+    """All packs of the project's features."""
+    keys = set(project.store.list(project.key("features", fit.version)))
+    for key in sorted(keys):
+        if key.endswith(".npz") and key.removesuffix(".npz") + ".f16" in keys and (pack := read_pack(project, key)):
+            yield pack
+
+
+@lru_cache(maxsize=REMEMBERED)
+def remembered(store: Store, key: str) -> Pack:
+    """What is in a pack besides the features; packs never change."""
+    arrays = store.read_arrays(key)
+    if arrays is None:
+        raise KeyError(key)
+    width, checksum = arrays["numbers"].tolist()
+    features = key.removesuffix(".npz") + ".f16"
+    return Pack(features, arrays["tasks"], arrays["images"], arrays["kinds"], width, checksum)
+
+
+def read_pack(project: Project, key: str) -> Pack | None:
+    """As `remembered`; None where it is gone or damaged."""
+    try:
+        return remembered(project.store, key)
+    except KeyError:
+        return None
+
+
+def join_packs(ctx: Context, project: Project, fit: Fit, index: Index) -> None:
+    """Join small packs once there are many, as tasks that come one by one leave them, and drop what is of no task."""
+    there = held(ctx, project, fit, index)
+    rows: dict[int, list[int]] = {number: [] for number in range(len(there.packs))}
+    for task, (number, _) in there.places.items():
+        rows[number].append(task)
+    small = [number for number, tasks in rows.items() if len(tasks) < PACK // 2]
+    if len(small) < MANY:
+        return
+    parts = list(there.parts(project.store, [task for number in small for task in rows[number]]))
+    tasks, features = [task for ids, _, _ in parts for task in ids], [part for _, part, _ in parts]
+    for start in range(0, len(tasks), PACK):
+        records = [index[task] for task in tasks[start : start + PACK]]
+        write_pack(ctx, project, fit, records, torch.cat(features)[start : start + PACK])
+    for number in small:
+        key = there.packs[number].key
+        project.store.delete(key.removesuffix(".f16") + ".npz")
+        project.store.delete(key)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The features that the store holds of a project's images as they now are.
+
+    Attributes:
+        fit: what they were scaled by.
+        packs: which there are.
+        places: by task, its pack and its row there.
+    """
+
+    fit: Fit
+    packs: Sequence[Pack]
+    places: Mapping[int, tuple[int, int]]
+
+    def parts(self, store: Store, tasks: Sequence[int]) -> Iterator[tuple[list[int], Tensor, NDArray[np.uint8]]]:
+        """These tasks pack by pack: ids, features (n, P, D), kinds (n, P); without those that turn out lost."""
+        rows: dict[int, list[int]] = {}
+        for task in tasks:
+            if task in self.places:
+                number, row = self.places[task]
+                rows.setdefault(number, []).append(row)
+        for number, taken in sorted(rows.items()):
+            pack = self.packs[number]
+            features = pack.features(store)
+            if features is None:
+                continue
+            whole = len(taken) == len(pack.tasks)
+            yield pack.tasks[taken].tolist(), features if whole else features[taken], pack.kinds[taken]
+
+    def of_image(self, store: Store, task: int) -> Tensor | None:
+        """(P, D) the features of one task's image; None where the store has none."""
+        if task not in self.places:
+            return None
+        number, row = self.places[task]
+        return self.packs[number].of_image(store, row)
+
+
+def held(ctx: Context, project: Project, fit: Fit, index: Index) -> Held:
+    """The features of the tasks of an index that are in the store, of their images as they now are."""
+    found, places, size = list(packs(project, fit)), dict[int, tuple[int, int]](), ctx.settings.image_size
+    for number, pack in enumerate(found):
+        for row, (task, image) in enumerate(zip(pack.tasks.tolist(), pack.images.tolist(), strict=True)):
+            record = index.get(task)
+            if record is not None and image == image_digest(record, size):
+                places[task] = number, row
+    return Held(fit, found, places)
