@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.arena import Labelled, device_title
 from model.by_score import PREDICTORS
 from model.classes import IGNORE
-from model.features import Extractor, Maps, fit_scaling, spread_pixels
+from model.features import Dense, Extractor, fit_scaling, spread_pixels
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
@@ -32,7 +32,7 @@ from model.heads import (
     solve,
     weak_sums,
 )
-from model.masks import STRIDE, mask_of, predict
+from model.masks import STRIDE, Layer, layer_of, strongest_of
 from model.metrics import confusion
 from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
 from model.pixel_scores import score_pool
@@ -117,14 +117,19 @@ class Experiment:
         )
         self.pool: PixelPool = make_pool(self._scaling(raw), colours, np.random.default_rng(0))
         self._annotations = self._annotate(extractor, images)
-        self._maps = [kept(extractor.maps([image])) for image in images]
-        self._test = [Tested.of(kept(extractor.maps([image])), mask) for image, mask in tests]
+        self._images = [self._ready(extractor, image).half() for image in images]
+        self._test = [(self._ready(extractor, image), mask) for image, mask in tests]
         answers = no_sums((BACKGROUND, FOREGROUND), self._scaling.dimensions)
         for index in self.coarse.asked:
             answers = answers + self._coarse_answer(index)
         #: Of background and foreground; none where no coarse answer names both.
         self.coarse_head = solve(answers) if names_foreground(answers) else None
         self.sums = lru_cache(maxsize=64)(self._sums)
+
+    def _ready(self, extractor: Extractor, image: Map) -> Ready:
+        """An image of which masks will be made."""
+        dense = extractor.maps([image]).dense(self._scaling, STRIDE).cpu()
+        return Ready(dense, guide_of(image, dense.size))
 
     def _annotate(self, extractor: Extractor, images: Sequence[Map]) -> list[LabelledPixels]:
         """What is kept of each image's annotation."""
@@ -261,39 +266,27 @@ class Experiment:
 
     def prelabel(self, head: Head, index: int) -> Map:
         """(H, W) the head's classes of one image of the pool."""
-        return predict(restored(self._maps[index]), self._scaling, head)[0]
+        return self._images[index].mask(layer_of(head, self._scaling))
 
     def test(self, head: Head) -> NDArray[np.int64]:
         """(C, C) confusion table summed over the test images, at full resolution."""
         count = len(self.classes.fine)
-        table = np.zeros((count, count), np.int64)
-        for image in self._test:
-            maps = restored(image.maps)
-            with torch.inference_mode():
-                logits = maps.logits(self._scaling, head.weights, head.bias, STRIDE)[0]
-            table += confusion(mask_of(logits, head, image.guide), image.mask, count)
+        table, layer = np.zeros((count, count), np.int64), layer_of(head, self._scaling)
+        for image, mask in self._test:
+            table += confusion(image.mask(layer), mask, count)
         return table
 
 
-class Tested(NamedTuple):
-    """A test image: its maps, its colours made ready for sharpening, its mask (H, W)."""
+class Ready(NamedTuple):
+    """An image made ready for heads, and for sharpening what they say."""
 
-    maps: Maps
+    dense: Dense
     guide: Guide
-    mask: Map
 
-    @classmethod
-    def of(cls, maps: Maps, mask: Map) -> Tested:
-        """Made ready."""
-        size = math.ceil(maps.size[0] / STRIDE), math.ceil(maps.size[1] / STRIDE)
-        return cls(maps, guide_of(maps.images[0].numpy(), size), mask)
+    def mask(self, layer: Layer) -> Map:
+        """(H, W) the classes of a head."""
+        return strongest_of(self.dense, self.guide, layer)[0]
 
-
-def kept(maps: Maps) -> Maps:
-    """Maps on the CPU in half precision, for keeping many of them."""
-    return Maps(tuple(stage.half().cpu() for stage in maps.stages), maps.images.cpu())
-
-
-def restored(maps: Maps) -> Maps:
-    """Maps in single precision."""
-    return Maps(tuple(stage.float() for stage in maps.stages), maps.images)
+    def half(self) -> Ready:
+        """The same in less memory."""
+        return Ready(self.dense.half(), self.guide)
