@@ -125,6 +125,8 @@ class Experiment:
         #: Of background and foreground; none where no coarse answer names both.
         self.coarse_head = solve(answers) if names_foreground(answers) else None
         self.sums = lru_cache(maxsize=64)(self._sums)
+        self._nothing = no_sums(self.classes.fine, self._scaling.dimensions)
+        self._latest: tuple[tuple[int, ...], Sums] = (), self._nothing
 
     def _ready(self, extractor: Extractor, image: Map) -> Ready:
         """An image of which masks will be made."""
@@ -153,6 +155,14 @@ class Experiment:
     def _sums(self, index: int) -> Sums:
         return self._annotations[index].sums(self.classes.fine)
 
+    def _total(self, labelled: tuple[int, ...]) -> Sums:
+        """The sums of these images; where those of all but the last were asked for before, one is added."""
+        known, sums = self._latest if self._latest[0] == labelled[: len(self._latest[0])] else ((), self._nothing)
+        for index in labelled[len(known) :]:
+            sums = sums + self.sums(index)
+        self._latest = labelled, sums
+        return sums
+
     @property
     def device_name(self) -> str:
         """What the times are of."""
@@ -171,9 +181,7 @@ class Experiment:
             weak: the pool's other pixels teach too, as the coarse head guesses them, while few images are labelled.
         """
         begin = time.perf_counter()
-        sums = no_sums(self.classes.fine, self._scaling.dimensions)
-        for index in labelled:
-            sums = sums + self.sums(index)
+        sums = self._total(tuple(labelled))
         if not sums.labelled.any():
             return self.start(weak), time.perf_counter() - begin
         if weak and self.coarse_head and len(labelled) <= WEAK_UNTIL:
