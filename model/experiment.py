@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.arena import Labelled, device_title
 from model.by_score import PREDICTORS
 from model.classes import IGNORE
-from model.features import Extractor, Maps, fit_scaling, spread_pixels
+from model.features import Dense, Extractor, fit_scaling, spread_pixels
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
@@ -30,7 +30,7 @@ from model.heads import (
     solve,
 )
 from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
-from model.masks import STRIDE, mask_of, predict
+from model.masks import STRIDE, Layer, layer_of, strongest_of
 from model.metrics import confusion
 from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
 from model.pixel_scores import score_pool
@@ -111,14 +111,21 @@ class Experiment:
         )
         self.pool: PixelPool = make_pool(self._scaling(raw), colours, np.random.default_rng(0))
         self._annotations = self._annotate(extractor, images)
-        self._maps = [kept(extractor.maps([image])) for image in images]
-        self._test = [Tested.of(kept(extractor.maps([image])), mask) for image, mask in tests]
+        self._images = [self._ready(extractor, image).half() for image in images]
+        self._test = [(self._ready(extractor, image), mask) for image, mask in tests]
         answers = no_sums((BACKGROUND, FOREGROUND), self._scaling.dimensions)
         for index in self.coarse.asked:
             answers = answers + self._coarse_answer(index)
         #: Of background and foreground; none where no coarse answer names both.
         self.coarse_head = solve(answers) if names_foreground(answers) else None
         self.sums = lru_cache(maxsize=64)(self._sums)
+        self._nothing = no_sums(self.classes.fine, self._scaling.dimensions)
+        self._latest: tuple[tuple[int, ...], Sums] = (), self._nothing
+
+    def _ready(self, extractor: Extractor, image: Map) -> Ready:
+        """An image of which masks will be made."""
+        dense = extractor.maps([image]).dense(self._scaling, STRIDE).cpu()
+        return Ready(dense, guide_of(image, dense.size))
 
     def _annotate(self, extractor: Extractor, images: Sequence[Map]) -> list[LabelledPixels]:
         """What is kept of each image's annotation."""
@@ -142,6 +149,14 @@ class Experiment:
     def _sums(self, index: int) -> Sums:
         return self._annotations[index].sums(self.classes.fine)
 
+    def _total(self, labelled: tuple[int, ...]) -> Sums:
+        """The sums of these images; where those of all but the last were asked for before, one is added."""
+        known, sums = self._latest if self._latest[0] == labelled[: len(self._latest[0])] else ((), self._nothing)
+        for index in labelled[len(known) :]:
+            sums = sums + self.sums(index)
+        self._latest = labelled, sums
+        return sums
+
     @property
     def device_name(self) -> str:
         """What the times are of."""
@@ -160,9 +175,7 @@ class Experiment:
             weak: the pool's other pixels teach too, as the coarse head guesses them, while few images are labelled.
         """
         begin = time.perf_counter()
-        sums = no_sums(self.classes.fine, self._scaling.dimensions)
-        for index in labelled:
-            sums = sums + self.sums(index)
+        sums = self._total(tuple(labelled))
         if not sums.labelled.any():
             return self.start(weak), time.perf_counter() - begin
         few, coarse = left_out_of(labelled), self.coarse_head if weak and len(labelled) <= WEAK_UNTIL else None
@@ -252,39 +265,27 @@ class Experiment:
 
     def prelabel(self, head: Head, index: int) -> Map:
         """(H, W) the head's classes of one image of the pool."""
-        return predict(restored(self._maps[index]), self._scaling, head)[0]
+        return self._images[index].mask(layer_of(head, self._scaling))
 
     def test(self, head: Head) -> NDArray[np.int64]:
         """(C, C) confusion table summed over the test images, at full resolution."""
         count = len(self.classes.fine)
-        table = np.zeros((count, count), np.int64)
-        for image in self._test:
-            maps = restored(image.maps)
-            with torch.inference_mode():
-                logits = maps.logits(self._scaling, head.weights, head.bias, STRIDE)[0]
-            table += confusion(mask_of(logits, head, image.guide), image.mask, count)
+        table, layer = np.zeros((count, count), np.int64), layer_of(head, self._scaling)
+        for image, mask in self._test:
+            table += confusion(image.mask(layer), mask, count)
         return table
 
 
-class Tested(NamedTuple):
-    """A test image: its maps, its colours made ready for sharpening, its mask (H, W)."""
+class Ready(NamedTuple):
+    """An image made ready for heads, and for sharpening what they say."""
 
-    maps: Maps
+    dense: Dense
     guide: Guide
-    mask: Map
 
-    @classmethod
-    def of(cls, maps: Maps, mask: Map) -> Tested:
-        """Made ready."""
-        size = math.ceil(maps.size[0] / STRIDE), math.ceil(maps.size[1] / STRIDE)
-        return cls(maps, guide_of(maps.images[0].numpy(), size), mask)
+    def mask(self, layer: Layer) -> Map:
+        """(H, W) the classes of a head."""
+        return strongest_of(self.dense, self.guide, layer)[0]
 
-
-def kept(maps: Maps) -> Maps:
-    """Maps on the CPU in half precision, for keeping many of them."""
-    return Maps(tuple(stage.half().cpu() for stage in maps.stages), maps.images.cpu())
-
-
-def restored(maps: Maps) -> Maps:
-    """Maps in single precision."""
-    return Maps(tuple(stage.float() for stage in maps.stages), maps.images)
+    def half(self) -> Ready:
+        """The same in less memory."""
+        return Ready(self.dense.half(), self.guide)

@@ -7,8 +7,9 @@ colour. They are computed once per image. Standardised by the pool (`Scaling`) t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -72,28 +73,66 @@ class Maps:
         taken = [sampled(stage, grid) for stage in self.stages]
         return torch.cat([*taken, colour_features(smoothed_at(self.images, pixels))], -1)
 
-    def logits(self, scaling: Scaling, weights: Tensor, bias: Tensor, stride: int) -> Tensor:
-        """What a linear head says all over the images, without features at that size ever being held.
-
-        A linear head of bilinearly enlarged features is the enlarged head of the features, stage by stage.
+    def dense(self, scaling: Scaling, stride: int) -> Dense:
+        """Features all over the images, made ready for heads.
 
         Args:
-            scaling: of the features that the head was fitted to.
-            weights: (C, D) of standardised features.
-            bias: (C,).
+            scaling: of the features that the heads were fitted to.
             stride: pixels of the images per logit, in both directions.
-
-        Returns:
-            (N, C, ceil(H / stride), ceil(W / stride)), each at the middle of its pixels.
         """
-        device = self.images.device
-        scaling, weights, bias = scaling.to(device), weights.to(device), bias.to(device)
         size = math.ceil(self.size[0] / stride), math.ceil(self.size[1] / stride)
         colour = colour_features(smoothed_grid(self.images, size)).permute(0, 3, 1, 2)
-        total = bias.view(1, -1, 1, 1)
-        for maps, part in zip((*self.stages, colour), scaling.parts(weights), strict=True):
-            total = total + F.interpolate(part(maps), size, mode="bilinear", align_corners=False)
+        scaling, alike = scaling.to(self.images.device), dict[tuple[int, ...], dict[int, Tensor]]()
+        for number, (maps, ready) in enumerate(zip((*self.stages, colour), scaling.cuts(), strict=True)):
+            values = ready(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            if maps[0, 0].numel() > math.prod(size):
+                values = F.interpolate(values, size, mode="bilinear", align_corners=False)
+            alike.setdefault(tuple(values.shape[2:]), {})[number] = values
+        joined = tuple(torch.cat(list(stages.values()), 1).contiguous() for stages in alike.values())
+        return Dense(joined, tuple(tuple(stages) for stages in alike.values()), size)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Images of one size, their features standardised and cut: what heads need of them, however many there are.
+
+    A linear head of bilinearly enlarged features is the enlarged head of the features, so each stage stays at its own
+    resolution; one finer than the logits is brought to theirs for the same reason.
+
+    Attributes:
+        maps: (N, widths in sum, h, w) of the stages of each resolution.
+        stages: the numbers of these stages; colour is the last.
+        size: height and width of the logits.
+    """
+
+    maps: tuple[Tensor, ...]
+    stages: tuple[tuple[int, ...], ...]
+    size: tuple[int, int]
+
+    def logits(self, parts: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """What a linear head says all over the images.
+
+        Args:
+            parts: of the head, as `Scaling.parts` gives them.
+            bias: (C,).
+
+        Returns:
+            (N, C, *size), each at the middle of its pixels.
+        """
+        total = bias.to(self.maps[0].device).view(1, -1, 1, 1)
+        for maps, stages in zip(self.maps, self.stages, strict=True):
+            part = torch.cat([parts[stage] for stage in stages], 1).to(maps.device)
+            own = part @ maps.float().flatten(2)
+            total = total + enlarged(own.view(*own.shape[:2], *maps.shape[2:]), self.size)
         return total
+
+    def half(self) -> Dense:
+        """The same in half precision, for keeping many."""
+        return Dense(tuple(maps.half() for maps in self.maps), self.stages, self.size)
+
+    def cpu(self) -> Dense:
+        """The same on the CPU."""
+        return Dense(tuple(maps.cpu() for maps in self.maps), self.stages, self.size)
 
 
 @dataclass(frozen=True)
@@ -125,41 +164,43 @@ class Scaling:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(..., D) standardised features of those that `Maps.at` gave, (..., R)."""
-        cut = ((features - self.mean) / self.deviation).clamp(-CUT, CUT)
-        parts = torch.split(cut, self.widths, -1)
+        parts = torch.split(cut(features, self.mean, self.deviation), self.widths, -1)
         return torch.cat([part @ axes for part, axes in zip(parts, self.axes, strict=True)], -1)
 
-    def parts(self, weights: Tensor) -> list[StageHead]:
-        """A linear head (C, D) as one of its own for each stage, and for colour."""
-        components = [axes.shape[1] for axes in self.axes]
+    def cuts(self) -> list[Callable[[Tensor], Tensor]]:
+        """Per stage and for colour, what standardises and cuts its features (..., width)."""
         statistics = zip(torch.split(self.mean, self.widths), torch.split(self.deviation, self.widths), strict=True)
-        parts = zip(statistics, self.axes, torch.split(weights, components, 1), strict=True)
-        return [StageHead(mean, deviation, axes @ part.T) for (mean, deviation), axes, part in parts]
+        return [partial(cut, mean=mean, deviation=deviation) for mean, deviation in statistics]
+
+    def parts(self, weights: Tensor) -> list[Tensor]:
+        """A linear head (C, D) as one of its own for each stage and for colour: (C, width) of cut features."""
+        components = [axes.shape[1] for axes in self.axes]
+        return [part @ axes.T for axes, part in zip(self.axes, torch.split(weights, components, 1), strict=True)]
 
     def to(self, device: torch.device) -> Scaling:
         """The same on another device."""
         return Scaling(self.mean.to(device), self.deviation.to(device), tuple(axes.to(device) for axes in self.axes))
 
 
-@dataclass(frozen=True)
-class StageHead:
-    """The share that one stage has in a linear head.
+def cut(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Standardised features, none farther from the mean than `CUT` deviations."""
+    return (features - mean).div_(deviation).clamp_(-CUT, CUT)
 
-    Attributes:
-        mean: (width,) of the stage's features.
-        deviation: (width,).
-        weights: (width, C) of standardised features.
-    """
 
-    mean: Tensor
-    deviation: Tensor
-    weights: Tensor
+def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, D, *size) maps (N, D, h, w) at another size, bilinearly."""
+    if tuple(maps.shape[2:]) == size:
+        return maps
+    # Of a few small maps two matrix products are faster than torch's own interpolation.
+    rows, columns = (bilinear(maps.shape[2 + axis], size[axis], maps.device) for axis in (0, 1))
+    return rows @ (maps @ columns.T)
 
-    def __call__(self, maps: Tensor) -> Tensor:
-        """(N, C, h, w) logits, without the bias, of the stage's output (N, width, h, w)."""
-        reach, slope = CUT * self.deviation, self.weights / self.deviation[:, None]
-        cut = maps.permute(0, 2, 3, 1).clamp(self.mean - reach, self.mean + reach)
-        return (cut @ slope - self.mean @ slope).permute(0, 3, 1, 2)
+
+@lru_cache(maxsize=64)
+def bilinear(cells: int, length: int, device: torch.device) -> Tensor:
+    """(length, cells) what makes a line of cells one of another length."""
+    unit = torch.eye(cells, device=device)[None]
+    return F.interpolate(unit, length, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def fit_scaling(features: Tensor, widths: Sequence[int]) -> Scaling:
@@ -171,8 +212,8 @@ def fit_scaling(features: Tensor, widths: Sequence[int]) -> Scaling:
     """
     mean, deviation = features.double().mean(0), features.double().std(0, correction=0)
     deviation = torch.where(deviation > 1e-6, deviation, 1.0)
-    cut = ((features.double() - mean) / deviation).clamp(-CUT, CUT)
-    axes = tuple(stage_axes(part) for part in torch.split(cut, list(widths), 1))
+    parts = torch.split(cut(features.double(), mean, deviation), list(widths), 1)
+    axes = tuple(stage_axes(part) for part in parts)
     return Scaling(mean.float(), deviation.float(), axes)
 
 

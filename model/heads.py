@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg.blas import ssyrk
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.classes import IGNORE, Classes
+from model.compiled import compiled
 from model.features import Pixels, spread_pixels
 
 #: Classes count in proportion to this power of their share of the labelled pixels: rare ones a little more.
@@ -29,6 +31,8 @@ PRIOR_POWER = 0.75
 RIDGE, RIDGE_FEW = 0.15, 0.6
 #: Below this weight of a class its sums are rounding errors of what was subtracted.
 NOTHING = 1e-9
+#: Guessed shares of a pixel below this are left out: most are, and they say next to nothing.
+FAINT = 1e-3
 #: Logit of a class without a label: its probability is exactly 0, and no infinity disturbs sums.
 NEVER = -1e4
 #: Images that are left out in turn to find how sure a head may be, and what it is divided by where one image is all.
@@ -47,7 +51,7 @@ class Sums:
         classes: names, C of them.
         weight: (C,) float64, of the pixels of each class.
         first: (C, D) float64, weighted sum of their features.
-        second: (C, D, D) float64, weighted sum of the features' products.
+        second: (C, D, D) weighted sum of the features' products; float64, but float32 of one image alone.
         images: how many annotations went in, each of which weighs 1 in all.
     """
 
@@ -80,7 +84,7 @@ class Sums:
             self.classes,
             self.weight + sign * other.weight,
             self.first + sign * other.first,
-            self.second + sign * other.second,
+            torch.add(self.second.double(), other.second, alpha=sign),
             self.images + sign * other.images,
         )
 
@@ -171,13 +175,15 @@ def sum_up(features: Tensor, shares: Tensor, classes: Sequence[str], images: int
         classes: names.
         images: how many annotations the pixels are of.
     """
-    second = []
-    for share in shares.T:
+    second = torch.zeros(shares.shape[1], *[features.shape[1]] * 2)
+    for number, share in enumerate(shares.T):
         inside = share > 0
-        scaled = features[inside].float() * share[inside].sqrt()[:, None]
-        second.append((scaled.T @ scaled).double())
+        if inside.any():
+            scaled = features[inside].float() * share[inside].sqrt()[:, None]
+            half = torch.from_numpy(ssyrk(1.0, scaled.numpy().T)).T  # its lower triangle; nothing is computed twice
+            torch.add(half, half.tril(-1).T, out=second[number])
     first = (shares.T @ features.float()).double()
-    return Sums(tuple(classes), shares.double().sum(0), first, torch.stack(second), images)
+    return Sums(tuple(classes), shares.double().sum(0), first, second, images)
 
 
 @dataclass(frozen=True)
@@ -208,38 +214,63 @@ class Head:
         return Head(self.classes, self.weights / temperature, torch.where(known, self.bias / temperature, NEVER))
 
 
-def solve(sums: Sums) -> Head:
+def solve(sums: Sums, without: Sums | None = None) -> Head:
     """The linear discriminant of labelled pixels.
 
     With class means m, prior shares s and the pooled covariance S within classes, to which a ridge is added, the
     logits of features f are m' S^-1 f - m' S^-1 m / 2 + log s.
 
+    Args:
+        sums: of the pixels.
+        without: of an image among them that does not count, as if it were subtracted; the system is solved in single
+            precision then, which is enough to see what the head makes of that image.
+
     Raises:
         ValueError: there is no labelled pixel.
     """
-    labelled = torch.from_numpy(sums.labelled)
+    weight, first, images = sums.weight, sums.first, sums.images
+    if without is not None:
+        weight, first, images = weight - without.weight, first - without.first, images - without.images
+    labelled = weight > NOTHING
     if not labelled.any():
         raise ValueError("a head needs at least one labelled pixel")
-    weight, first, second = (array[labelled] for array in sums.arrays)
-    prior = (weight / weight.sum()) ** PRIOR_POWER
+    prior = torch.where(labelled, weight / weight[labelled].sum(), 0).clamp_min(0) ** PRIOR_POWER
     prior = prior / prior.sum()
-    means = first / weight[:, None]
-    within = torch.einsum("c,cij->ij", prior / weight, second) - (means.T * prior) @ means
-    factor = torch.linalg.cholesky(ridged(within, sums.images))
-    slopes = torch.cholesky_solve(means.T, factor).T
-    head = Head(
-        sums.classes, torch.zeros(sums.first.shape, dtype=torch.float32), torch.full((len(sums.classes),), NEVER)
-    )
-    head.weights[labelled] = slopes.float()
-    head.bias[labelled] = (prior.log() - (means * slopes).sum(1) / 2).float()
-    return head
+    means = torch.where(labelled[:, None], first / weight[:, None], 0)
+    scale = torch.where(labelled, prior / weight, 0).numpy()
+    part = (without or sums).second.numpy()
+    within = torch.from_numpy(combined(sums.second.numpy(), part, without is not None, scale))
+    within.addmm_(means.T * -prior, means)
+    system = ridged(within, images).to(torch.float64 if without is None else torch.float32)
+    factor = torch.linalg.cholesky(system)
+    slopes = torch.cholesky_solve(means.T.to(system.dtype), factor).T.double()
+    bias = torch.where(labelled, prior.log() - (means * slopes).sum(1) / 2, NEVER)
+    return Head(sums.classes, slopes.float(), bias.float())
+
+
+@compiled
+def combined(
+    whole: NDArray[np.floating], part: NDArray[np.floating], less: bool, scale: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(D, D) scaled sum over classes of `whole` (C, D, D), less `part` where it says so; only the lower triangle."""
+    classes, size, _ = whole.shape
+    result = np.zeros((size, size), np.float64)
+    for row in range(size):
+        for c in range(classes):
+            if scale[c] != 0:
+                for column in range(row + 1):
+                    value = whole[c, row, column]
+                    if less:
+                        value -= part[c, row, column]
+                    result[row, column] += scale[c] * value
+    return result
 
 
 def ridged(covariance: Tensor, images: int) -> Tensor:
-    """A covariance (D, D) plus a multiple of the unit matrix: less of it, the more images are labelled."""
+    """A covariance (D, D) plus a multiple of the unit matrix, in place: less of it, the more images are labelled."""
     strength = RIDGE + RIDGE_FEW / max(images, 1)
-    mean = covariance.diagonal().mean().clamp_min(1e-12)
-    return covariance + strength * mean * torch.eye(len(covariance), dtype=covariance.dtype)
+    covariance.diagonal().add_(strength * covariance.diagonal().mean().clamp_min(1e-12))
+    return covariance
 
 
 def fit(images: Sequence[LabelledPixels], sums: Sums, own: Sequence[Sums] | None = None) -> Head:
@@ -287,11 +318,11 @@ def temperature(images: Sequence[LabelledPixels], sums: Sums, own: Sequence[Sums
 
 def left_out(image: LabelledPixels, own: Sums, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (P, C), labels (P,) and weights (P,) of an image's pixels under the head of all other images."""
-    others = sums - own
-    if not others.labelled.any():
+    others = (sums.weight - own.weight > NOTHING).numpy()
+    if not others.any():
         return torch.zeros(0, len(sums.classes)), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    known = others.labelled[image.labels]
-    logits = solve(others).logits(image.features[torch.from_numpy(known)].float())
+    known = others[image.labels]
+    logits = solve(sums, own).logits(image.features[torch.from_numpy(known)].float())
     return logits, torch.from_numpy(image.labels[known]).long(), torch.from_numpy(image.weights[known])
 
 
@@ -334,5 +365,7 @@ def weak_sums(head: Head, coarse: Head, features: Tensor, classes: Classes, weig
     inside = coarse.probabilities(features)[:, 1:]
     sides = torch.where(outside, inside, 1 - inside)
     own = torch.where(outside, fine[:, outside].sum(1, keepdim=True), fine[:, ~outside].sum(1, keepdim=True))
-    shares = sides * torch.where(own > NOTHING, fine / own.clamp_min(NOTHING), 0) * (weight / len(features))
-    return sum_up(features, shares, head.classes, 0)
+    shares = sides * torch.where(own > NOTHING, fine / own.clamp_min(NOTHING), 0)
+    kept = torch.where(shares > FAINT, shares, 0)
+    kept = kept * (shares.sum(1) / kept.sum(1).clamp_min(FAINT))[:, None]
+    return sum_up(features, kept * (weight / len(features)), head.classes, 0)

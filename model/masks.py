@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.features import Maps, Scaling
+from model.features import Dense, Maps, Scaling
 from model.heads import NEVER, Head
-from model.sharpen import Guide, guide_of, sharpen
+from model.sharpen import Guide, guide_of, sharpen, strongest
 
 #: Pixels of the image per logit before sharpening; finer ones are slower and no better.
 STRIDE = 4
@@ -27,22 +29,35 @@ def predict(maps: Maps, scaling: Scaling, head: Head) -> tuple[NDArray[np.uint8]
         (H, W) most probable class, and (H, W) its probability, 255 = certain.
     """
     with torch.inference_mode():
-        logits = maps.logits(scaling, head.weights, head.bias, STRIDE)[0]
-    guide = guide_of(maps.images[0].cpu().numpy(), (logits.shape[1], logits.shape[2]))
-    sharpened, labelled = sharpened_logits(logits, head, guide)
-    best = sharpened.argmax(0)
-    confidence = np.clip(sharpened.max(0), 0, 1)
-    return labelled[best], np.round(255 * confidence).astype(np.uint8)
+        dense = maps.dense(scaling, STRIDE)
+    guide = guide_of(maps.images[0].cpu().numpy(), dense.size)
+    best, probability = strongest_of(dense, guide, layer_of(head, scaling))
+    return best, np.round(255 * np.clip(probability, 0, 1)).astype(np.uint8)
 
 
-def mask_of(logits: Tensor, head: Head, guide: Guide) -> NDArray[np.uint8]:
-    """(H, W) most probable class of every pixel of an image, by its coarse logits (C, h, w)."""
-    sharpened, labelled = sharpened_logits(logits, head, guide)
-    mask: NDArray[np.uint8] = labelled[sharpened.argmax(0)]
-    return mask
+class Layer(NamedTuple):
+    """A head as masks need it, without the classes that have no label.
+
+    Attributes:
+        parts: its weights, stage by stage.
+        bias: (L,).
+        classes: (L,) which classes these are.
+    """
+
+    parts: list[Tensor]
+    bias: Tensor
+    classes: NDArray[np.uint8]
 
 
-def sharpened_logits(logits: Tensor, head: Head, guide: Guide) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Sharpened probabilities (L, H, W) of the classes that have a label, and which these are (L,)."""
+def layer_of(head: Head, scaling: Scaling) -> Layer:
+    """A head that was fitted to features of this scaling, made ready for masks."""
     labelled = head.bias > NEVER
-    return sharpen(logits[labelled].softmax(0).cpu().numpy(), guide), np.flatnonzero(labelled.numpy()).astype(np.uint8)
+    classes = np.flatnonzero(labelled.numpy()).astype(np.uint8)
+    return Layer(scaling.parts(head.weights[labelled]), head.bias[labelled], classes)
+
+
+def strongest_of(dense: Dense, guide: Guide, layer: Layer) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(H, W) most probable class of every pixel, and (H, W) its probability, of an image that was made ready."""
+    with torch.inference_mode():
+        probabilities = dense.logits(layer.parts, layer.bias)[0].softmax(0).cpu().numpy()
+    return strongest(sharpen(probabilities, guide), layer.classes)

@@ -21,14 +21,17 @@ from backend.embedded import start_worker
 from backend.enqueue import Board
 from backend.errors import BenchError
 from model import results
-from model.arena import Arena, Known, Learner, recipe_of
+from model.arena import Arena, Known, Labelled, Learner, recipe_of
 from model.benchmark import SCALES, WITHOUT_COARSE, Curve, run, stage, without_gap
 from model.classes import IGNORE
 from model.coarse import ASKED
 from model.effort import CLICK, OPEN, TRACE, correct, from_scratch
+from model.experiment import Experiment
+from model.features import Extractor
 from model.field import write_folder
 from model.frozen import encode_views, train_head
-from model.metrics import mean_iou
+from model.masks import predict
+from model.metrics import confusion, mean_iou
 from model.network import SHIPPED, save
 from model.results import FULL, Row
 from model.scoring import Encoded
@@ -232,6 +235,15 @@ def test_the_instant_learner_knows_plants_from_coarse_labels_alone(field: Path) 
     coarse, nothing = (next(iter(run(curve(field, learner="instant", weak=weak), [], "cpu"))) for weak in (True, False))
     assert coarse.mIoU > nothing.mIoU
     assert coarse.iou["soil"] > 0.8
+
+
+def test_the_test_scores_the_masks_that_people_would_be_shown(field: Path) -> None:
+    experiment, extractor = Experiment(field, SMOKE.size, SHIPPED, "cpu"), Extractor(SHIPPED, "cpu")
+    head, _ = experiment.train([0, 3], weak=True)
+    table = np.zeros((3, 3), np.int64)
+    for image, mask in Labelled.read(field, SMOKE.size).tests:
+        table += confusion(predict(extractor.maps([image]), experiment._scaling, head)[0], mask, 3)
+    assert np.array_equal(experiment.test(head), table)
 
 
 def test_the_instant_reference_learns_the_whole_pool(field: Path) -> None:

@@ -20,6 +20,7 @@ from model.features import (
     Image,
     Scaling,
     colour_features,
+    enlarged,
     fit_scaling,
     lab,
     smoothed_at,
@@ -164,7 +165,7 @@ def test_dense_logits_are_those_of_the_pixels(
 ) -> None:
     weights, bias = torch.randn(3, 472), torch.randn(3)
     maps = extractor.maps(images)
-    dense = maps.logits(scaling, weights, bias, stride)
+    dense = maps.dense(scaling, stride).logits(scaling.parts(weights), bias)
     assert dense.shape == (2, 3, -(-SIZE[0] // stride), -(-SIZE[1] // stride))
     if stride == 1:
         every = torch.stack(torch.meshgrid(*map(torch.arange, SIZE), indexing="ij"), -1).view(1, -1, 2).repeat(2, 1, 1)
@@ -172,8 +173,16 @@ def test_dense_logits_are_those_of_the_pixels(
         differs = (dense - expected).abs() > 1e-3
         assert differs.float().mean() < 0.02  # only where features are cut, before or after they are enlarged
     else:
-        full = functional.interpolate(maps.logits(scaling, weights, bias, 1), dense.shape[2:], mode="area")
+        every = maps.dense(scaling, 1).logits(scaling.parts(weights), bias)
+        full = functional.interpolate(every, dense.shape[2:], mode="area")
         assert torch.corrcoef(torch.stack([dense.flatten(), full.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("size", [(7, 5), (12, 16), (23, 40)])
+def test_maps_are_enlarged_bilinearly(size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 3, 6, 5)
+    expected = functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarged(maps, size), expected)
 
 
 def test_pixels_are_spread_evenly_and_always_the_same() -> None:
@@ -193,8 +202,9 @@ def test_a_gpu_sees_the_same(extractor: Extractor, images: list[Image], scaling:
     for one, other in zip(there, extractor.sample(images, pixels), strict=True):
         assert (scaling(one) - scaling(other)).norm() < 0.02 * scaling(other).norm()  # half precision
     weights, bias = torch.randn(3, 472), torch.randn(3)
-    dense = Extractor(SHIPPED, "cuda").maps(images).logits(scaling, weights, bias, 4).cpu()
-    expected = extractor.maps(images).logits(scaling, weights, bias, 4)
+    parts = scaling.parts(weights)
+    dense = Extractor(SHIPPED, "cuda").maps(images).dense(scaling, 4).logits(parts, bias).cpu()
+    expected = extractor.maps(images).dense(scaling, 4).logits(parts, bias)
     assert (dense - expected).norm() < 0.02 * expected.norm()
 
 

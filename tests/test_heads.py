@@ -114,6 +114,15 @@ def test_thousands_of_changes_leave_no_trace() -> None:
     assert_same(changed, sums)
 
 
+def test_an_image_that_does_not_count_is_as_if_subtracted() -> None:
+    images = [labelled(seed, (0, 1) if seed else (0, 1, 2)) for seed in range(5)]
+    for image in images[:2]:
+        expected = solve(total(images) - image.sums(NAMES))
+        found = solve(total(images), image.sums(NAMES))
+        torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.bias, expected.bias, rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_without_a_label_is_never_predicted() -> None:
     head = solve(total([labelled(0, (0, 1)), labelled(1, (0,))]))
     probabilities = head.probabilities(10 * torch.randn(5000, 12))
@@ -174,7 +183,7 @@ def test_shares_of_pixels_are_soft_labels() -> None:
     sums = sum_up(features, shares, NAMES, 0)
     torch.testing.assert_close(sums.first, shares.double().T @ features.double(), rtol=1e-5, atol=1e-5)
     expected = torch.einsum("pc,pi,pj->cij", shares.double(), features.double(), features.double())
-    torch.testing.assert_close(sums.second, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.second.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_temperature_makes_confidence_honest() -> None:
