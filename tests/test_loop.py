@@ -68,6 +68,26 @@ def test_the_loop_from_clusters_to_a_new_order(
     assert all(0 <= region["score"] <= 1 for region in fine)
 
 
+def test_the_loop_with_a_network_that_is_trained(
+    make_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
+) -> None:
+    team = Team(make_backend(FIRSTROW_LEARNER="deep", FIRSTROW_COARSE_TASKS="0"), dict(list(pictures.items())[:4]))
+    before = team.attach()
+    for _ in range(2):
+        first = team.annotator().label_next()
+        assert first is not None
+        before = team.wait(before)
+        assert first.task not in team.ranking()
+    state, store = team.backend.context.board.state(team.id), team.project.store
+    assert state["model"].startswith("model-")
+    assert len(store.read_json(team.project.key("network.json"))["trained"]) == 2
+    curve = store.read_json(team.project.key("curve.json"))
+    assert [row["task"] for row in curve] == [first.task]
+    rows = store.read_json(team.project.key("ranking.json"))
+    assert all(row["utility"] is not None and row["parts"] for row in rows)
+    assert {region["from_name"] for region in prelabel(team.studio.next_task(team.id) or {})} == {"seg"}
+
+
 def test_coarse_labels_change_the_ranking(
     share_backend: Callable[..., Backend], pictures: dict[Path, NDArray[np.uint8]]
 ) -> None:
