@@ -29,7 +29,7 @@ from backend.supervisor import child_environment, processors
 #: Rounds of each comparison; what takes seconds gets fewer.
 ROUNDS = 15
 #: What can be measured by itself.
-GROUPS = ("scoring", "images", "queue", "studio")
+GROUPS = ("scoring", "images", "queue", "loop")
 Call = Callable[[], object]
 
 
@@ -121,9 +121,9 @@ def _cpuinfo() -> list[str]:
 
 def measure(groups: Sequence[str]) -> Iterator[Item]:
     """The items of some groups, as they come."""
-    from backend import perf_images, perf_queue, perf_scoring, perf_studio
+    from backend import perf_images, perf_loop, perf_queue, perf_scoring
 
-    known = dict(zip(GROUPS, (perf_scoring.items, perf_images.items, perf_queue.items, perf_studio.items), strict=True))
+    known = dict(zip(GROUPS, (perf_scoring.items, perf_images.items, perf_queue.items, perf_loop.items), strict=True))
     for group in groups:
         yield from known[group]()
 

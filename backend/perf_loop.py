@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,12 @@ from model.features import spread_pixels
 from model.field import render
 from model.pixel_pool import PIXELS
 
-#: Tasks of the project, and rounds of each measurement.
-TASKS, ROUNDS = 10_000, 3
-TARGETS = {"publish/import": 1.3, "rerank/2s": 1.0}
-#: Seconds in which a head is to be served.
-SOON = 2.0
+#: Tasks of the projects, and the seconds in which the head of a new order is to be served in each.
+SOON = {100: 2.0, 1_000: 2.0, 10_000: 3.0}
+#: Rounds of each measurement.
+ROUNDS = 5
+#: What a whole order may cost, beside a bare import of as many predictions.
+WHOLE = 1.3
 CONFIG = (
     '<View><Image name="image" value="$image"/><BrushLabels name="fine" toName="image">'
     '<Label value="Soil"/><Label value="Crop"/><Label value="Weed"/></BrushLabels></View>'
@@ -58,17 +59,17 @@ class Stage:
     environment: dict[str, str]
 
 
-def items(tasks: int = TASKS) -> Iterator[Item]:
-    """Every figure that needs Label Studio."""
-    left = dict(TARGETS)
-    try:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            stage = build(Path(folder), tasks, stack)
-            for name, item in (("publish/import", publish_item), ("rerank/2s", rerank_item)):
-                yield item(stage, tasks)
-                del left[name]
-    except JobError as error:
-        yield from (missing(f"{name} {tasks}", target, str(error), processor()) for name, target in left.items())
+def items(sizes: Sequence[int] = tuple(SOON)) -> Iterator[Item]:
+    """Every figure that needs Label Studio: a whole order of the largest project, a new one after a label in each."""
+    for tasks in sizes:
+        try:
+            with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+                stage = build(Path(folder), tasks, stack)
+                if tasks == max(sizes):
+                    yield publish_item(stage, tasks)
+                yield from submit_items(stage, tasks)
+        except JobError as error:
+            yield missing(f"submit/{SOON[tasks]:g}s {tasks}", 1.0, str(error), processor())
 
 
 def build(folder: Path, tasks: int, stack: ExitStack) -> Stage:
@@ -136,25 +137,34 @@ def publish_item(stage: Stage, tasks: int) -> Item:
         seconds.append(time.perf_counter() - between)
         ratios.append((between - start) / seconds[-1])
     said = f"bulk import of {tasks} predictions, {np.median(seconds):.3g} s"
-    return ratio(f"publish/import {tasks}", TARGETS["publish/import"], ratios, said, processor())
+    return ratio(f"publish/import {tasks}", WHOLE, ratios, said, processor())
 
 
-def rerank_item(stage: Stage, tasks: int) -> Item:
-    """From a person's Submit to the head of the new order being served."""
-    ctx, project, found = stage.ctx, stage.project, []
+def submit_items(stage: Stage, tasks: int) -> Iterator[Item]:
+    """From a person's Submit to the head of the new order being served, and the share of Label Studio in it."""
+    ctx, project, found, theirs, steps = stage.ctx, stage.project, [], [], []
     with start_worker(stage.folder, stage.environment):
         ctx.board.request_round(project.id, "perf")
         settle(ctx, project)
         for _ in range(ROUNDS + 1):
-            found.append(submit(ctx, project) / SOON)
-    said = f"{SOON:g} s from Submit to the new head, of {tasks} tasks"
-    return ratio(
-        f"rerank/2s {tasks}", TARGETS["rerank/2s"], found[1:], said, processor()
-    )  # the first one loads the network
+            seconds, answered = submit(ctx, project)
+            found.append(seconds / SOON[tasks])
+            theirs.append(answered / seconds)
+            steps.append(project.store.read_json(project.key("laps.json")) or {})
+    # The first one loads the backbone.
+    each = ", ".join(f"{name} {np.median([row[name] for row in steps[1:]]):.0f}" for name in steps[-1])
+    said = f"{SOON[tasks]:g} s from Submit to the new head, of {tasks} tasks; milliseconds: {each}"
+    yield ratio(f"submit/{SOON[tasks]:g}s {tasks}", 1.0, found[1:], said, processor())
+    said = "the same; the answers to Submit and to the question for the next task alone"
+    yield ratio(f"Label Studio/submit {tasks}", 1.0, theirs[1:], said, processor())
 
 
-def submit(ctx: Context, project: Project) -> float:
-    """Seconds from submitting the served task until Label Studio serves the head of a newer order."""
+def submit(ctx: Context, project: Project) -> tuple[float, float]:
+    """Seconds from submitting the served task until Label Studio serves the head of a newer order.
+
+    Returns:
+        All of them, and those that Label Studio took to answer the person's two requests.
+    """
     before, task = int(project.state()["round"]), ctx.studio.next_task(project.id)
     assert task is not None
     mask = np.zeros((96, 128), np.uint8)
@@ -162,14 +172,17 @@ def submit(ctx: Context, project: Project) -> float:
     result = fine_regions(mask, np.full(mask.shape, 255, np.uint8), project.config(), (128, 96))
     start = time.perf_counter()
     ctx.studio.create_annotation(int(task["id"]), result)
+    sent = time.perf_counter()
     # Not asked for a task meanwhile: Label Studio would hold that one for us whatever the new order is.
     settle(ctx, project, before)
+    settled = time.perf_counter()
     served = ctx.studio.next_task(project.id)
     taken = time.perf_counter() - start
+    theirs = taken - (settled - sent)
     head = project.store.read_json(project.key("ranking.json"))[0]["task"]
     if served is None or served["id"] != head:
         raise JobError(f"Label Studio serves {served and served['id']}, but the new order begins with {head}")
-    return taken
+    return taken, theirs
 
 
 def settle(ctx: Context, project: Project, after: int = 0) -> None:
