@@ -6,6 +6,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -207,7 +208,14 @@ class Experiment:
         return Head(self.classes.fine, self.coarse_head.weights[side], (self.coarse_head.bias - shared)[side])
 
     def order(
-        self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool, seed: int
+        self,
+        strategy: str,
+        head: Head,
+        rest: Sequence[int],
+        labelled: Sequence[int],
+        coarse: bool,
+        seed: int,
+        count: int | None = None,
     ) -> list[int]:
         """Images without a label as a strategy wants them, the most wanted first.
 
@@ -218,6 +226,7 @@ class Experiment:
             labelled: images with an annotation.
             coarse: whether coarse labels are known.
             seed: of ties and of what the strategy draws.
+            count: how many of the first images will be taken, if that is known.
         """
         rng, drawn = np.random.default_rng([seed, len(labelled)]), self.drawn(seed)
         if strategy == DEFAULT:
@@ -225,7 +234,7 @@ class Experiment:
             first_row = FirstRow(drawn.pool, known, self.coarse_head, self.classes, places, rng)
             return [drawn.images[int(i)] for i in first_row.order]
         pool = self._as_pool(READS.get(strategy, ()), head, drawn, drawn.places(rest), drawn.places(labelled), coarse)
-        ranked = {**STRATEGIES, **REFERENCES}[strategy](pool, rng)
+        ranked = {**STRATEGIES, **REFERENCES}[strategy](replace(pool, places=count), rng)
         return [rest[int(i)] for i in ranked.order]
 
     def _drawn(self, seed: int) -> Drawn:
