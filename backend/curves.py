@@ -10,7 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
+from threadpoolctl import threadpool_limits
 
 from backend.enqueue import Board
 from model.benchmark import Curve, run
@@ -67,8 +69,10 @@ def fault(curve: Curve, error: BaseException) -> str:
 
 
 def ready() -> None:
-    """Before a process's first curve: it has one core, and dies with its parent's terminal."""
+    """Before a process's first curve: it has one core, for torch, numpy and OpenCV alike."""
     torch.set_num_threads(1)
+    threadpool_limits(1)
+    cv2.setNumThreads(1)
 
 
 def work(curve: Curve, done: Sequence[Row], emit: Callable[[Row], object]) -> None:

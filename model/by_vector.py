@@ -28,6 +28,8 @@ COVER = 3
 COVERED = 2000
 #: Places that TypiClust and BAIT give one by one; the rest follows by typicality or gain.
 PLACES = 10
+#: Images whose matrices BAIT inverts together.
+SOLVED = 16
 #: Prior precision of BAIT's last layer, as a share of the pool's mean Fisher diagonal.
 PRIOR = 1.0
 
@@ -55,7 +57,7 @@ def coverage(pool: Pool, rng: np.random.Generator) -> Ranking:
         features, labelled = projected(features), projected(labelled)
     sample = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
     typical = typicality(features, features[sample])
-    first = sample[cover(features[sample], labelled, typical[sample], COVER, rng)]
+    first = sample[cover(features[sample], labelled, typical[sample], pool.first(COVER), rng)]
     return from_order(followed(first, by_utility(typical, {}, rng).order), {"typicality": typical})
 
 
@@ -68,7 +70,7 @@ def badge(pool: Pool, rng: np.random.Generator) -> Ranking:
     size, order = len(vectors), list[int]()
     square = (vectors**2).sum(1)
     left, nearest = np.ones(size, bool), square.copy()
-    for place in range(min(size, GREEDY)):
+    for place in range(pool.first(GREEDY)):
         weight = np.where(left, nearest, 0)
         if place == 0 and weight.any():
             ties = np.flatnonzero(weight == weight.max())
@@ -90,7 +92,7 @@ def coreset(pool: Pool, rng: np.random.Generator) -> Ranking:
     if len(pool.labelled_features) and size:
         nearest = distances(features, pool.labelled_features.astype(np.float64)).min(1)
     left, tie = np.ones(size, bool), rng.permutation(size)
-    for _ in range(min(size, GREEDY)):
+    for _ in range(pool.first(GREEDY)):
         order.append(highest(np.where(left, nearest, -1), tie))
         left[order[-1]] = False
         np.minimum(nearest, distances(features, features[order[-1:]])[:, 0], out=nearest)
@@ -121,7 +123,7 @@ def best_of_clusters(pool: Pool, wishes: Sequence[Floats], rng: np.random.Genera
     if len(labelled) > COVERED:
         labelled = labelled[rng.choice(len(labelled), COVERED, replace=False)]
     rows = np.sort(rng.choice(size, COVERED, replace=False)) if size > COVERED else np.arange(size)
-    for _ in range(min(len(rows), PLACES)):
+    for _ in range(min(len(rows), pool.first(PLACES))):
         order.append(best_of_uncovered(features[rows], labelled, order, [wish[rows] for wish in wishes], rng))
     # What follows is far from being served: in large pools a sample of neighbours tells it well enough.
     near = features[rows if size <= COVERED else rows[:: COVERED // NEAR]]
@@ -145,13 +147,10 @@ def bait(pool: Pool, rng: np.random.Generator) -> Ranking:
     known = seen.sum(0) + prior * np.eye(len(target))
     left, order, tie = np.ones(size, bool), list[int](), rng.permutation(size)
     gain = np.zeros(size)
-    for _ in range(min(size, PLACES)):
-        gain = np.array(
-            [
-                -np.trace(np.linalg.solve(known + f, target)) if free else -np.inf
-                for f, free in zip(fisher, left, strict=True)
-            ]
-        )
+    for _ in range(pool.first(PLACES)):
+        gain = np.full(size, -np.inf)
+        for some in np.array_split(np.flatnonzero(left), -(-size // SOLVED)):
+            gain[some] = -np.trace(np.linalg.solve(known + fisher[some], target), axis1=1, axis2=2)
         order.append(highest(gain, tie))
         left[order[-1]] = False
         known = known + fisher[order[-1]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -118,7 +120,12 @@ class Experiment:
             answers = answers + self._coarse_answer(index)
         #: Of background and foreground; none where no coarse answer names both.
         self.coarse_head = solve(answers) if names_foreground(answers) else None
-        self.sums = lru_cache(maxsize=64)(self._sums)
+        #: (N, P) what annotations and coarse labels say of the pool's pixels, rows of `Classes.sets()`.
+        self._annotated = np.stack(
+            [self._at(fine_target(m[None], self.classes)[0], i) for i, m in enumerate(self.masks)]
+        )
+        self._answers = np.stack([self._at(target, i) for i, target in enumerate(self.coarse.targets)])
+        self.drawn, self.sums = lru_cache(maxsize=1)(self._drawn), lru_cache(maxsize=64)(self._sums)
         self._nothing = no_sums(self.classes.fine, self._scaling.dimensions)
         self._latest: tuple[tuple[int, ...], Sums] = (), self._nothing
 
@@ -192,7 +199,14 @@ class Experiment:
         return head_from_coarse(self.coarse_head, self.classes)
 
     def order(
-        self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool, seed: int
+        self,
+        strategy: str,
+        head: Head,
+        rest: Sequence[int],
+        labelled: Sequence[int],
+        coarse: bool,
+        seed: int,
+        count: int | None = None,
     ) -> list[int]:
         """Images without a label as a strategy wants them, the most wanted first.
 
@@ -203,29 +217,29 @@ class Experiment:
             labelled: images with an annotation.
             coarse: whether coarse labels are known.
             seed: of ties and of what the strategy draws.
+            count: how many of the first images will be taken, if that is known.
         """
-        rng = np.random.default_rng([seed, len(labelled)])
+        rng, drawn = np.random.default_rng([seed, len(labelled)]), self.drawn(seed)
         if strategy == DEFAULT:
-            return self._first_row(head, rest, labelled, rng)
-        ranked = {**STRATEGIES, **REFERENCES}[strategy](self._as_pool(strategy, head, rest, labelled, coarse), rng)
+            known, places = head if labelled else None, drawn.places(labelled)
+            first_row = FirstRow.of(drawn.pool, known, self.coarse_head, self.classes, places, rng)
+            return [drawn.images[int(i)] for i in first_row.order]
+        pool = self._as_pool(READS.get(strategy, ()), head, drawn, drawn.places(rest), drawn.places(labelled), coarse)
+        ranked = {**STRATEGIES, **REFERENCES}[strategy](replace(pool, places=count), rng)
         return [rest[int(i)] for i in ranked.order]
 
-    def _first_row(
-        self, head: Head, rest: Sequence[int], labelled: Sequence[int], rng: np.random.Generator
-    ) -> list[int]:
-        """The default rule among the images that may be picked."""
-        seen = [*labelled, *rest]
-        pool = PixelPool(self.pool.features[seen], self.pool.kinds, self.pool.kind_of[seen], self.pool.reduced[seen])
-        known = head if labelled else None
-        ranked = FirstRow.of(pool, known, self.coarse_head, self.classes, range(len(labelled)), rng)
-        return [seen[int(i)] for i in ranked.order]
+    def _drawn(self, seed: int) -> Drawn:
+        images = self.available(seed)
+        features = self.pool.features[images].float()
+        kind_of, reduced = self.pool.kind_of[images], self.pool.reduced[images]
+        return Drawn(images, PixelPool(features, self.pool.kinds, kind_of, reduced))
 
-    def _as_pool(self, strategy: str, head: Head, rest: Sequence[int], labelled: Sequence[int], coarse: bool) -> Pool:
-        """What a strategy sees."""
-        names = READS.get(strategy, ())
-        mine = self._scores(names, head, rest, coarse)
-        # Where nothing is labelled, arrays of no image that are as wide as those of the pool.
-        theirs = self._scores(names, head, labelled, coarse, True) if labelled else {n: v[:0] for n, v in mine.items()}
+    def _as_pool(
+        self, names: Sequence[str], head: Head, drawn: Drawn, rest: list[int], labelled: list[int], coarse: bool
+    ) -> Pool:
+        """What a strategy sees; `rest` and `labelled` are places among the drawn images."""
+        scores = self._scores(names, head, drawn, labelled, coarse)
+        mine, theirs = ({n: values[part] for n, values in scores.items()} for part in (rest, labelled))
         nothing, none = np.zeros((len(rest), 1)), np.zeros((len(labelled), 1))
         vectors = {name for name, values in mine.items() if values.ndim > 1}
         return Pool(
@@ -240,28 +254,19 @@ class Experiment:
         )
 
     def _scores(
-        self, names: Sequence[str], head: Head, images: Sequence[int], coarse: bool, labelled: bool = False
+        self, names: Sequence[str], head: Head, drawn: Drawn, labelled: list[int], coarse: bool
     ) -> dict[str, NDArray[np.float64]]:
-        """Scores of some images by name, against their annotations, their coarse labels or nothing."""
-        features = self.pool.features[list(images)]
+        """Scores of drawn images by name: against annotations where labelled, else coarse labels or nothing."""
 
-        def score(wanted: Sequence[str], annotated: bool) -> dict[str, NDArray[np.float64]]:
-            rows = self._rows(images, annotated, coarse)
-            found = score_pool(features, head, self.classes, wanted, rows)
+        def score(wanted: Sequence[str], rows: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+            found = score_pool(drawn.pool.features, head, self.classes, wanted, rows)
             return {name: values.astype(np.float64) for name, values in found.items()}
 
-        plain = score([name for name in names if name != "oracle"], labelled)
-        return plain | ({"oracle": score(["magnitude"], True)["magnitude"]} if "oracle" in names else {})
-
-    def _rows(self, images: Sequence[int], annotated: bool, coarse: bool) -> NDArray[np.uint8]:
-        """(N, P) what is known of the images' pixels, rows of `Classes.sets()`."""
-        if annotated:
-            known = [fine_target(self._at(self.masks[i], i)[None], self.classes)[0] for i in images]
-        elif coarse:
-            known = [self._at(self.coarse.targets[i], i) for i in images]
-        else:
-            known = [np.full(PIXELS, self.classes.any_row, np.uint8) for _ in images]
-        return np.stack(known) if known else np.zeros((0, PIXELS), np.uint8)
+        annotated = self._annotated[drawn.images]
+        rows = self._answers[drawn.images] if coarse else np.full_like(annotated, self.classes.any_row)
+        rows[labelled] = annotated[labelled]
+        plain = score([name for name in names if name != "oracle"], rows) if names else {}
+        return plain | ({"oracle": score(["magnitude"], annotated)["magnitude"]} if "oracle" in names else {})
 
     def prelabel(self, head: Head, index: int) -> Map:
         """(H, W) the head's classes of one image of the pool."""
@@ -274,6 +279,22 @@ class Experiment:
         for image, mask in self._test:
             table += confusion(image.mask(layer), mask, count)
         return table
+
+
+class Drawn(NamedTuple):
+    """The part of the pool that a seed may pick from.
+
+    Attributes:
+        images: which images these are, rising.
+        pool: of them, in single precision: so no pick has to convert them.
+    """
+
+    images: list[int]
+    pool: PixelPool
+
+    def places(self, images: Sequence[int]) -> list[int]:
+        """Where images are among those that were drawn."""
+        return [bisect_left(self.images, image) for image in images]
 
 
 class Ready(NamedTuple):

@@ -8,7 +8,7 @@ pixel's loss at its weights and bias is (p - q) f', with f the features and a co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,13 +127,14 @@ class View:
         spread = (1 - probabilities.square().sum(-1)).clamp_min(0)
         return (spread * self.squared).sum(-1) / self.squared.shape[1] ** 2
 
-    def dropout_passes(self) -> Iterator[Tensor]:
+    def dropout_passes(self, count: int) -> Sequence[Tensor]:
         """(N, P, C) logits of passes that each leave out other features, for every image the same ones."""
-        draw = torch.Generator().manual_seed(0)
-        for _ in range(PASSES):
-            kept = torch.rand(self.stored.shape[-1], generator=draw) >= DROPPED
-            weights = self.head.weights * kept / (1 - DROPPED)
-            yield logits_of(self.stored, Head(self.head.classes, weights, self.head.bias))
+        draw, bias = torch.Generator().manual_seed(0), self.head.bias
+        kept = [torch.rand(self.stored.shape[-1], generator=draw) >= DROPPED for _ in range(count)]
+        weights = torch.cat([self.head.weights * some / (1 - DROPPED) for some in kept])
+        # The features are read once for all passes.
+        logits = logits_of(self.stored, Head(self.head.classes, weights, bias.repeat(count)))
+        return torch.split(logits, len(bias), -1)
 
 
 def magnitude(view: View) -> Tensor:
@@ -167,10 +168,9 @@ def egl_huang(view: View) -> Tensor:
 
     Their beam search has no counterpart for images; the labelings are masks of passes with dropout, equally likely.
     """
-    total = torch.zeros(len(view.p))
-    for _, logits in zip(range(LABELINGS), view.dropout_passes(), strict=False):
-        total += view.gradient(view.p - one_hot(logits.argmax(-1), view.p)).square().sum(1)
-    return total / LABELINGS
+    labels = [logits.argmax(-1) for logits in view.dropout_passes(LABELINGS)]
+    residuals = torch.cat([view.p - one_hot(own, view.p) for own in labels], -1)
+    return view.gradient(residuals).square().sum(1) / LABELINGS
 
 
 def entropy(view: View) -> Tensor:
@@ -233,7 +233,7 @@ def foreground(view: View) -> Tensor:
 def bald(view: View) -> Tensor:
     """What passes with dropout disagree about: entropy of their mean less their mean entropy (Houlsby et al. 2011)."""
     total, spread = torch.zeros(()), torch.zeros(())
-    for logits in view.dropout_passes():
+    for logits in view.dropout_passes(PASSES):
         log_p = logits.log_softmax(-1)
         total, spread = total + log_p.exp(), spread - (log_p.exp() * log_p).sum(-1)
     disagreement = -torch.xlogy(total / PASSES, total / PASSES).sum(-1) - spread / PASSES
@@ -260,6 +260,8 @@ def segment_egl(view: View) -> Tensor:
 def embedding(view: View) -> Tensor:
     """(N, C * (D + 1)) gradient against what is known; where nothing is, against the head's own classes (BADGE)."""
     nothing = (view.rows == view.classes.any_row).all(1)
+    if not nothing.any():
+        return view.pseudo_gradient
     return torch.where(nothing[:, None], view.own_gradient, view.pseudo_gradient)
 
 
@@ -293,10 +295,16 @@ def fisher(view: View) -> Tensor:
     projection = torch.randn(view.features.shape[-1], FISHER_FEATURES, generator=draw) / math.sqrt(FISHER_FEATURES)
     x = view.features @ projection
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    weight = torch.diag_embed(view.p) - view.p[..., :, None] * view.p[..., None, :]
-    blocks = torch.einsum("npcd,npi,npj->ncidj", weight, x, x) / x.shape[1]
-    size = view.p.shape[-1] * x.shape[-1]
-    return blocks.reshape(len(x), size, size)
+    images, pixels, size = x.shape
+    products = (x[..., :, None] * x[..., None, :]).view(images, pixels, size * size) / pixels
+    classes = view.p.shape[-1]
+    first, second = torch.triu_indices(classes, classes)
+    p = view.p.transpose(1, 2)
+    weight = (first == second)[None, :, None] * p[:, first] - p[:, first] * p[:, second]
+    blocks = torch.empty(images, classes, classes, size, size)
+    blocks[:, first, second] = (weight @ products).view(images, len(first), size, size)
+    blocks[:, second, first] = blocks[:, first, second]
+    return blocks.transpose(2, 3).reshape(images, classes * size, classes * size)
 
 
 Score = Callable[[View], Tensor]

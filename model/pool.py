@@ -25,6 +25,7 @@ class Pool:
         vectors: (N, ...) further arrays by name; see `NEEDS`.
         labelled_vectors: (M, ...) the same of the labelled images.
         labelled_scores: (M,) each, the numbers of the labelled images, against their annotations.
+        places: how many images will be taken of the order at most, if that is known; these are the same whatever it is.
 
     Raises:
         ValueError: lengths or widths differ, or a number is not finite.
@@ -38,6 +39,11 @@ class Pool:
     vectors: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     labelled_vectors: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     labelled_scores: Mapping[str, Floats] = field(default_factory=dict)
+    places: int | None = None
+
+    def first(self, most: int) -> int:
+        """How many places a strategy gives one by one that would give `most` of them."""
+        return min(len(self), most, len(self) if self.places is None else self.places)
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.scores.items()}

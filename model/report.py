@@ -13,6 +13,7 @@ from model import figures
 from model.pages import Block, markdown, page, slug
 from model.report_protocol import caution, pitfalls, protocol
 from model.report_sections import difference, ending, ends, interface, layers, picture, refinement
+from model.report_variance import variance
 from model.results import Row, read
 from model.statistics import REFERENCES, grouped, unfinished
 from model.summary import summarise
@@ -60,6 +61,7 @@ def pages(out: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[
             yield picture(out, slug(f"{setting}-{name}"), caption, figure)
         yield from (Block("table", f"{name}", rows=table(one)) for name, one in told["sets"].items())
     yield from ends(facts)
+    yield from variance(facts)
     yield from refinement(out, facts)
     yield from layers(out, facts)
     yield from interface(out, facts, INTERFACE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from model.report_variance import INSTANT
 from model.results import FULL, Row
 
 #: Seeds that the protocol asks for.
@@ -41,8 +42,15 @@ def protocol(rows: Sequence[Row], facts: Mapping[str, Any]) -> Iterator[str]:
     for setting, one in facts["settings"].items():
         yield f"{setting}: {extent(one['sets'])}."
     yield "mIoU is of one confusion table summed over all test images, not a mean over images."
-    yield "Every training starts again from the same network; its last state is tested, whatever the test says."
-    yield "Seeds are paired: a seed fixes initial head, order, views and ties for all strategies alike."
+    instant = {setting.startswith(INSTANT) for setting in facts["settings"]}
+    if True in instant:
+        yield (
+            "The instant learner has no chance in it: a seed fixes which part of the pool may be picked from, and "
+            "ties, for all strategies alike. More seeds are more such parts, not more luck in training."
+        )
+    if False in instant:
+        yield "Every training starts again from the same network; its last state is tested, whatever the test says."
+        yield "Seeds are paired: a seed fixes initial head, order, views and ties for all strategies alike."
     yield "Seconds of people's work are modelled from clicks and outlines, not measured with people."
     yield from origins(rows, facts)
 

@@ -20,6 +20,8 @@ Floats = NDArray[np.float32]
 
 #: Radius of the filter's windows in cells of the maps, and variance of colour (0 to 1) below which it blurs.
 RADIUS, EDGE = 3, 1e-5
+#: Values that differ by less are equal: classes of equal probability stay so, however they are rounded.
+EQUAL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ def strongest(maps: Floats, classes: Bytes) -> tuple[Bytes, Floats]:
     for row in range(height):
         for c in range(1, len(classes)):
             for column in range(width):
-                if maps[c, row, column] > value[row, column]:
+                if maps[c, row, column] > value[row, column] + np.float32(EQUAL):
                     value[row, column] = maps[c, row, column]
                     best[row, column] = classes[c]
     return best, value

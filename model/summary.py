@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from model.report_variance import variance_of
 from model.results import Row
 from model.statistics import (
     REFERENCES,
@@ -34,10 +35,15 @@ POINTS = (0, 1, 2, 5, 10, 20)
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """All that a report says, by setting, set and strategy."""
     group, full = grouped(rows), references(rows)
+    own: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        own.setdefault((row.setting, row.set), []).append(row)
     settings = {
         setting: {
             "sets": {
-                name: summary_of_set(curves, full.get((setting, name), np.zeros(0))) for name, curves in sets.items()
+                name: summary_of_set(curves, full.get((setting, name), np.zeros(0)))
+                | {"variance": variance_of(curves, own[setting, name])}
+                for name, curves in sets.items()
             },
             "penalty": penalty(sets),
         }

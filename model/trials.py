@@ -72,7 +72,7 @@ class InstantTrial:
     def pick(self, labelled: Sequence[int], count: int) -> list[int]:
         """See `Trial`."""
         rest = [index for index in self.candidates if index not in set(labelled)]
-        order = self.data.order(self._strategy, self._head, rest, labelled, self._coarse, self._seed)
+        order = self.data.order(self._strategy, self._head, rest, labelled, self._coarse, self._seed, count)
         return order[:count]
 
     def prelabel(self, index: int) -> Map:

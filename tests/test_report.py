@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_statistics import base, better, curve, equal, row, scene
@@ -88,6 +89,42 @@ def test_the_report_is_complete_and_the_same_each_time(tmp_path: Path) -> None:
     assert "strategies of one seed do not start alike" in markdown
     assert "above random at every n from 1 to 10, the last n there is" in markdown
     assert max(p.stat().st_size for p in (tmp_path / "figures").iterdir() if p.name != "label-coarse.png") < 150_000
+
+
+def pairs_of_seeds(noise: float, setting: str) -> list[Row]:
+    """Curves of eight seeds; two neighbours pick the same images, and training deviates by so much between them."""
+    rows = []
+    for seed in range(8):
+        choice, training = 0.05 * np.sin(3 * (seed // 2)), noise * (1 if seed % 2 else -1)
+        for one in curve("entropy", lambda _, n, up=choice + training: 0.5 + 0.02 * n + up, [seed], setting=setting):
+            rows.append(replace(one, image=f"{seed // 2}-{one.n}" if one.n else ""))
+    return rows
+
+
+def test_what_training_adds_to_the_spread_is_told_from_what_choice_does(tmp_path: Path) -> None:
+    facts = summarise(pairs_of_seeds(0.004, "pretrained head"))["settings"]["pretrained head"]["sets"]["field"]
+    found = facts["variance"]
+    assert found["training"]["number"] == 4 * 10
+    assert found["training"]["variance"] == pytest.approx(2 * 0.004**2)  # two values 2 d apart have variance 2 d^2
+    areas = np.array([0.05 * np.sin(3 * (seed // 2)) + 0.004 * (1 if seed % 2 else -1) for seed in range(8)])
+    assert found["area"] == pytest.approx(areas.var(ddof=1))
+    share = found["training"]["variance"] / found["area"]
+    text = report_of(tmp_path, pairs_of_seeds(0.004, "pretrained head"))
+    assert f"Training makes at most {share:.0%} of the areas' variance, choice at least {1 - share:.0%}." in text
+    assert "a seed fixes initial head" in text
+
+
+def test_the_instant_learner_has_choice_alone(tmp_path: Path) -> None:
+    text = report_of(tmp_path, pairs_of_seeds(0.0, "instant 256 px"))
+    assert "All of it is choice" in text
+    assert "40 repeats differ by 0.000000 at most" in text
+    assert "a seed fixes which part of the pool may be picked from" in text
+    assert "a seed fixes initial head" not in text
+
+
+def test_where_no_images_were_learnt_twice_training_is_not_guessed(tmp_path: Path) -> None:
+    rows = [replace(one, image=f"{one.seed}-{one.n}" if one.n else "") for one in scene() if one.strategy != FULL]
+    assert "How much of it is training cannot be told" in report_of(tmp_path, rows)
 
 
 def test_no_win_is_claimed_of_one_seed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import fields
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_identical_images_tie_and_ties_are_broken_by_chance(name: str, labelled:
 
 
 @EVERY
+def test_the_first_places_are_the_same_however_many_are_wanted(name: str) -> None:
+    pool = make(30, 2)
+    whole = ask(name, pool).order.tolist()
+    for count in (1, 3):
+        found = ask(name, dataclasses.replace(pool, places=count)).order.tolist()
+        assert found[:count] == whole[:count]
+        assert sorted(found) == sorted(whole)
+
+
+@EVERY
 def test_inputs_stay_as_they_are(name: str) -> None:
     pool = make(30, 2)
     before = copy.deepcopy(pool)
@@ -130,7 +141,7 @@ def parts_of(pool: Pool) -> list[NDArray[Any]]:
     """Every array of a pool."""
     found: list[NDArray[Any]] = []
     for part in vars(pool).values():
-        found += part.values() if isinstance(part, dict) else [part]
+        found += part.values() if isinstance(part, dict) else [part] if isinstance(part, np.ndarray) else []
     return found
 
 
