@@ -39,11 +39,15 @@ def contact_sheet(ctx: Context, project: Project, places: Sequence[Mapping[str, 
     index, config = project.index(), project.config()
     rows = []
     for number, place in enumerate(places, 1):
-        because = place["why"] or ", ".join(f"{name} {value:.3g}" for name, value in place["parts"].items())
         seen = pictures(ctx, project, index[place["task"]], config, place["kind"])
-        rows.append((f"{number}. task {place['task']}: {because}", seen))
+        rows.append((f"{number}. task {place['task']}: {because(place)}", seen))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(TITLES, rows).save(path)
+
+
+def because(place: Mapping[str, Any]) -> str:
+    """Why a row of the ranking has its place: in words, or what its utility is made of."""
+    return place["why"] or ", ".join(f"{name} {value:.3g}" for name, value in place["parts"].items())
 
 
 def pictures(
@@ -78,10 +82,10 @@ def reason(
     target: NDArray[np.uint8],
 ) -> Picture:
     """Why an image has its place: its pixels of a kind in red; where gradients decide, where they are large."""
-    fit = load_fit(project)
     if ctx.settings.learner == "deep":
         network = scorer(ctx, project, network_key(ctx, project, config.classes), config.classes).network
         return heat(gradient_map(network, image, target, config.classes, device()), image)
+    fit = load_fit(project)
     if fit is None or kind is None:
         return image
     here = kind_map(maps_of(ctx, project, record.id, record.image, fit), fit.scaling, fit.kinds) == kind

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from backend.annotator import Annotator, Work
 from backend.attach import apply, plan
-from backend.contactsheet import contact_sheet
+from backend.contactsheet import because, contact_sheet
 from backend.context import Context, connect
 from backend.embedded import Services, start_services
 from backend.errors import FirstRowError, JobError
@@ -320,11 +320,9 @@ class Demo:
         for name in ("place", "task", "image", "asks for", "utility", "because"):
             table.add_column(name)
         for place, row in enumerate(self.head(), 1):
-            parts = row["parts"] if isinstance(row["parts"], dict) else {}
-            because = str(row["why"]) or ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
             task = int(str(row["task"]))
             utility = f"{float(str(row['utility'])):.3g}" if row["utility"] is not None else ""
-            table.add_row(str(place), str(task), self.names[task], str(row["ask"]), utility, because)
+            table.add_row(str(place), str(task), self.names[task], str(row["ask"]), utility, because(row))
         console.print(table)
         console.print(f"  Label Studio serves task {served['id'] if served else None} next")
 

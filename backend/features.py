@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.context import Context
-from backend.enqueue import progress
-from backend.faults import concerns_all, due
+from backend.prepare import GROWTH, SAMPLE_IMAGES, sampled
 from backend.project import Index, Project, TaskRecord
 from backend.store import Store
-from model.features import Extractor, Scaling, fit_scaling, spread_pixels
+from model.features import Extractor, Scaling, fit_scaling
 from model.kinds import Kinds, fit_kinds
-from model.network import SHIPPED, PretrainedError, device
-from model.pixel_pool import PIXELS
+from model.network import SHIPPED, available, device
+from model.pixel_pool import at_pool_pixels, pool_pixels
 
 log = logging.getLogger(__name__)
 
-#: Images that the scaling and the kinds are made from, images that are tried for it, and seconds spent on them.
-FIT_IMAGES, FIT_TRIES, FIT_SECONDS = 200, 600, 1200.0
-#: Pixels of each of these images that the scaling is made from.
+#: Pixels of each sampled image that the scaling is made from.
 FIT_PIXELS = 64
 #: Images per pack.
 PACK = 64
-#: Made from fewer images than `FIT_IMAGES`, scaling and kinds are made again when the pool has grown by this factor.
-GROWTH = 2.0
 #: Packs of less than half of that, from which on they are joined.
 MANY = 16
 #: Packs of which this process remembers what is in them.
@@ -148,10 +142,8 @@ def extractor(network: str) -> tuple[Extractor, str, str]:
         It, the network whose backbone it has, and the sentence; empty if it is the one that was asked for.
     """
     log.info("network loaded: %s", network)
-    try:
-        return Extractor(network, device()), network, ""
-    except PretrainedError as error:
-        return Extractor(SHIPPED, device()), SHIPPED, f"Using {SHIPPED} instead of {network}: {error}"
+    sees, note = available(network, lambda name: Extractor(name, device()))
+    return sees, SHIPPED if note else network, note or ""
 
 
 def image_digest(record: TaskRecord, size: int) -> str:
@@ -170,7 +162,7 @@ def fit_is_stale(ctx: Context, project: Project, tasks: int) -> bool:
     fit = load_fit(project)
     if fit is None or not fit.version.startswith(kind_of_fit(ctx)):
         return True
-    return fit.images < FIT_IMAGES and tasks > GROWTH * fit.images
+    return fit.images < SAMPLE_IMAGES and tasks > GROWTH * fit.images
 
 
 def kind_of_fit(ctx: Context) -> str:
@@ -181,10 +173,12 @@ def kind_of_fit(ctx: Context) -> str:
 
 def fit_features(ctx: Context, project: Project, index: Index) -> None:
     """Find how the features of the project are scaled, and its kinds of pixels; keep both."""
-    rng = np.random.default_rng(project.id)
-    records, raw, colours = sampled(ctx, project, index, rng)
-    if not records:
+    rng, sees = np.random.default_rng(project.id), extractor(ctx.settings.network)[0]
+    taken = list(sampled(ctx, project, index, rng, partial(seen_of, sees)))
+    if not taken:
         return
+    records = [record for record, _ in taken]
+    raw, colours = zip(*(seen for _, seen in taken), strict=True)
     fit, features = make_fit(ctx, raw, colours, rng)
     ctx.board.go_on(project.id)
     for start in range(0, len(records), PACK):
@@ -195,7 +189,7 @@ def fit_features(ctx: Context, project: Project, index: Index) -> None:
 def make_fit(
     ctx: Context, raw: Sequence[Tensor], colours: Sequence[NDArray[np.uint8]], rng: np.random.Generator
 ) -> tuple[Fit, Tensor]:
-    """Scaling and kinds of a sample of images, as `sampled` gives it, and its features (N, P, D) scaled."""
+    """Scaling and kinds of a sample of images, as `seen_of` sees each, and its features (N, P, D) scaled."""
     sees, network, _ = extractor(ctx.settings.network)
     scaling = fit_scaling(torch.cat([part[:FIT_PIXELS] for part in raw]).float(), sees.widths)
     features = torch.stack([scaling(part.float()).half() for part in raw])
@@ -204,30 +198,10 @@ def make_fit(
     return Fit(version, network, len(raw), scaling, kinds), features
 
 
-def sampled(
-    ctx: Context, project: Project, index: Index, rng: np.random.Generator
-) -> tuple[list[TaskRecord], list[Tensor], list[NDArray[np.uint8]]]:
-    """A bounded sample of the project's images: records, features (P, R) not standardised, colours (P, 3)."""
-    usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
-    ids = sorted(rng.permutation(usable or sorted(index)), key=lambda task: index[int(task)].tries)[:FIT_TRIES]
-    records, raw, colours, until = list[TaskRecord](), list[Tensor](), [], time.monotonic() + FIT_SECONDS
-    for task in ids:
-        record = index[int(task)]
-        try:
-            image, _ = ctx.images(project.id).get(project.id, record.id, record.image)
-            places = spread_pixels((image.shape[0], image.shape[1]), PIXELS)
-            [features] = extractor(ctx.settings.network)[0].sample([image], [places])
-        except Exception as error:
-            if concerns_all(error, ctx.studio):
-                raise
-            continue  # it is noted in the task's record when its own features are computed
-        records.append(record)
-        raw.append(features.half())
-        colours.append(image[places[:, 0], places[:, 1]])
-        progress(len(records), min(len(ids), FIT_IMAGES))
-        if len(records) == FIT_IMAGES or time.monotonic() > until:
-            break
-    return records, raw, colours
+def seen_of(sees: Extractor, image: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Features (P, R) of an image, not standardised, and its colours (P, 3)."""
+    [features] = sees.sample([image], [pool_pixels(image)])
+    return features.half(), at_pool_pixels(image)
 
 
 def write_pack(ctx: Context, project: Project, fit: Fit, records: Sequence[TaskRecord], features: Tensor) -> None:

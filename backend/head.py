@@ -15,9 +15,11 @@ from torch import Tensor
 from backend.context import Context
 from backend.features import Fit, Held, extractor
 from backend.label_config import ProjectConfig
+from backend.learn import curve_row
+from backend.named_maps import renumbered
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import IGNORE, Classes
-from model.features import Maps, spread_pixels
+from model.features import Maps
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
@@ -32,8 +34,7 @@ from model.heads import (
 )
 from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
 from model.masks import predict
-from model.metrics import confusion, mean_iou
-from model.pixel_pool import PIXELS
+from model.pixel_pool import at_pool_pixels
 
 #: Images of the pool that weak labels are made of.
 WEAK_IMAGES = 400
@@ -121,10 +122,7 @@ def read_pixels(project: Project, key: str, classes: Sequence[str]) -> LabelledP
     arrays = project.store.read_arrays(key)
     if arrays is None:
         return None
-    order = np.full(256, IGNORE, np.uint8)
-    for number, name in enumerate(arrays["names"].tolist()):
-        order[number] = classes.index(name) if name in classes else IGNORE
-    labels = order[arrays["labels"]]
+    labels = renumbered(arrays["labels"], arrays["names"].tolist(), classes)
     known = labels != IGNORE
     features = torch.from_numpy(arrays["features"][known])
     return LabelledPixels(features, labels[known], arrays["weights"][known])
@@ -168,7 +166,7 @@ def learn(
         return before, False
     head, known = None, dict[str, str]()
     summed = sum_labels(project, features.fit, config.classes, labelled(index))
-    if summed is not None and summed.total.labelled.any():
+    if summed.total.labelled.any():
         known = {str(task): version for task, version in summed.versions.items()}
         head = fit_head(project, index, config.classes, features, summed, coarse)
     elif coarse is not None:
@@ -186,7 +184,7 @@ def digest(fit: Fit, classes: Classes, trained: Mapping[str, str], said: str) ->
     return hashlib.sha1(repr([fit.version, classes, sorted(trained.items()), said]).encode()).hexdigest()
 
 
-def sum_labels(project: Project, fit: Fit, classes: Classes, records: Sequence[TaskRecord]) -> Summed | None:
+def sum_labels(project: Project, fit: Fit, classes: Classes, records: Sequence[TaskRecord]) -> Summed:
     """The sums of all labels whose pixels are kept; only what changed since the last time is added and subtracted."""
     place, wanted = (project.store.url, project.id), {record.id: record.version for record in records}
     before = SUMMED.get(place)
@@ -265,8 +263,7 @@ def solve_coarse(
     for record in answered:
         mask, seen = project.own_coarse(record, config), features.of_image(project.store, record.id)
         if mask is not None and seen is not None:
-            rows, columns = spread_pixels((mask.shape[0], mask.shape[1]), PIXELS).T
-            total = total + coarse_sums(seen.float(), mask[rows, columns], len(config.classes.coarse))
+            total = total + coarse_sums(seen.float(), at_pool_pixels(mask), len(config.classes.coarse))
     return solve(total) if names_foreground(total) else None
 
 
@@ -316,12 +313,5 @@ def test_before_learning(
     """A row of the learning curve: how right the model was on a label that it has not seen; None where it has."""
     if model.head is None or str(record.id) in model.trained or model.head.classes != classes.fine:
         return None
-    table = confusion(predict(maps, fit.scaling, model.head)[0], mask, len(classes.fine))
-    return {
-        "task": record.id,
-        "model": model.version,
-        "trained_on": len(model.trained),
-        "miou": float(mean_iou(table)),
-        "confusion": table.tolist(),
-        "classes": list(classes.fine),
-    }
+    seen, _ = predict(maps, fit.scaling, model.head)
+    return curve_row(record.id, model.version, len(model.trained), seen, mask, classes)

@@ -250,18 +250,32 @@ def test_then_train(
         mask = project.labels(record.id, config)
         if seen is None or mask is None:
             continue
-        table = confusion(seen[0], mask, len(config.classes.fine))
-        curve.append(
-            {
-                "task": record.id,
-                "model": key,
-                "trained_on": len(trained),
-                "miou": float(mean_iou(table)),
-                "confusion": table.tolist(),
-                "classes": list(config.classes.fine),
-            }
-        )
+        curve.append(curve_row(record.id, key, len(trained), seen[0], mask, config.classes))
     project.store.write_json(project.key("curve.json"), curve)
+
+
+def curve_row(
+    task: int, model: str, trained_on: int, seen: NDArray[np.uint8], mask: NDArray[np.uint8], classes: Classes
+) -> dict[str, Any]:
+    """A row of the learning curve: how right a model was on a label that it has not seen.
+
+    Args:
+        task: whose label it is.
+        model: its name.
+        trained_on: how many labels it has learnt.
+        seen: (H, W) what it took the picture for.
+        mask: (H, W) the label.
+        classes: fine and coarse classes.
+    """
+    table = confusion(seen, mask, len(classes.fine))
+    return {
+        "task": task,
+        "model": model,
+        "trained_on": trained_on,
+        "miou": float(mean_iou(table)),
+        "confusion": table.tolist(),
+        "classes": list(classes.fine),
+    }
 
 
 def prune_models(project: Project, keep: str) -> None:

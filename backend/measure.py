@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import MaskError
 from backend.faults import noted
 from backend.features import Fit, extractor, held, load_fit, write_pack
 from backend.head import Model, keep_pixels, lacks_pixels, load_model, test_before_learning
 from backend.label_config import ProjectConfig
 from backend.masks import maps_of
+from backend.prepare import check_shape
 from backend.project import Project, TaskRecord
-from model.features import spread_pixels
-from model.pixel_pool import PIXELS
+from model.pixel_pool import pool_pixels
 
 Row = dict[str, Any]
 
@@ -51,10 +50,10 @@ def measure(
     there, unlearnt = held(ctx, project, fit, index).places, lacks_pixels(project, fit, index)
     wanted = [r for r in index.values() if r.id not in there and (r.in_pool or r.labelled)]
     faulty = add_features(ctx, project, fit, wanted)
-    rows = list[Row]()
+    rows, model = list[Row](), load_model(project) if unlearnt else None
     for task in sorted(unlearnt - faulty.keys()):
         try:
-            rows += add_label(ctx, project, config, fit, index[task])
+            rows += add_label(ctx, project, config, fit, model, index[task])
         except Exception as error:
             faulty[task] = noted(ctx.studio, project.id, index[task], error)
     if rows:
@@ -71,9 +70,8 @@ def add_features(ctx: Context, project: Project, fit: Fit, records: Sequence[Tas
             usable.append(record)
         except Exception as error:
             faulty[record.id] = noted(ctx.studio, project.id, record, error)
-    places = [spread_pixels((image.shape[0], image.shape[1]), PIXELS) for image in images]
     found = []
-    for features in extractor(ctx.settings.network)[0].sample(images, places):
+    for features in extractor(ctx.settings.network)[0].sample(images, [pool_pixels(image) for image in images]):
         found.append(fit.scaling(features).half())
         progress(len(found), len(images))
     if found:
@@ -82,7 +80,9 @@ def add_features(ctx: Context, project: Project, fit: Fit, records: Sequence[Tas
     return faulty
 
 
-def add_label(ctx: Context, project: Project, config: ProjectConfig, fit: Fit, record: TaskRecord) -> list[Row]:
+def add_label(
+    ctx: Context, project: Project, config: ProjectConfig, fit: Fit, model: Model | None, record: TaskRecord
+) -> list[Row]:
     """Keep the pixels that a label teaches with; gives the row of the learning curve, if there is one.
 
     Raises:
@@ -92,11 +92,7 @@ def add_label(ctx: Context, project: Project, config: ProjectConfig, fit: Fit, r
     if mask is None:
         return []  # lost: it is read again
     maps = maps_of(ctx, project, record.id, record.image, fit)
-    if maps.size != mask.shape:
-        raise MaskError(
-            f"the labels of task {record.id} are for an image of another shape: restore the image, or label it anew"
-        )
-    model: Model | None = load_model(project)
+    check_shape(record, mask, maps.size)
     row = None
     if model is not None and model.learnt is not None:
         row = test_before_learning(model, record, maps, fit, mask, config.classes)

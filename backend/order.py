@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from backend.context import Context
@@ -17,13 +16,11 @@ from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled
 from backend.rank import Place, reasoned
-from model.experiment import READS
-from model.features import spread_pixels
 from model.heads import Head
+from model.instant import READS, no_opinion, pool_of
 from model.kinds import Tables, design_variance
-from model.pixel_pool import PIXELS, FirstRow, opinions
+from model.pixel_pool import PIXELS, FirstRow, at_pool_pixels, opinions
 from model.pixel_scores import score_pool
-from model.pool import Pool
 from model.pseudo import fine_target
 from model.strategies import DEFAULT, STRATEGIES
 
@@ -58,17 +55,12 @@ def ordered(
     rng = np.random.default_rng([project.id, len(known)])
     if ctx.settings.strategy == DEFAULT:
         return first_row(project, config, features, model, tasks, known, rng)
-    head = model.head or no_opinion(config, features)
+    head = model.head or no_opinion(config.classes, features.fit.scaling.dimensions)
     mine = scores(ctx, project, index, config, features, head, tasks)
     theirs = scores(ctx, project, index, config, features, head, known)
-    ranking = STRATEGIES[ctx.settings.strategy](as_pool(mine, theirs), rng)
+    pool = pool_of(mine.values, theirs.values, len(mine.tasks), len(theirs.tasks))
+    ranking = STRATEGIES[ctx.settings.strategy](pool, rng)
     return [reasoned(mine.tasks, ranking, int(i)) for i in ranking.order]
-
-
-def no_opinion(config: ProjectConfig, features: Held) -> Head:
-    """A head that finds all classes alike."""
-    classes = config.classes.fine
-    return Head(classes, torch.zeros(len(classes), features.fit.scaling.dimensions), torch.zeros(len(classes)))
 
 
 def first_row(
@@ -152,22 +144,4 @@ def known_of(ctx: Context, project: Project, record: TaskRecord, config: Project
         target = fine_target(mask, config.classes)
     if target is None:
         return np.full(PIXELS, config.classes.any_row, np.uint8)
-    rows, columns = spread_pixels((target.shape[0], target.shape[1]), PIXELS).T
-    return np.asarray(target[rows, columns], np.uint8)
-
-
-def as_pool(mine: Scored, theirs: Scored) -> Pool:
-    """The arrays a strategy sees."""
-    vectors = {name for name, values in mine.values.items() if values.ndim > 1}
-    nothing, none = np.zeros((len(mine.tasks), 1)), np.zeros((len(theirs.tasks), 1))
-    seen = {n: theirs.values.get(n, values[:0]) for n, values in mine.values.items()}
-    return Pool(
-        scores={name: values for name, values in mine.values.items() if name not in vectors},
-        embedding=mine.values.get("embedding", nothing),
-        features=mine.values.get("pooled", nothing),
-        labelled_embedding=seen.get("embedding", none),
-        labelled_features=seen.get("pooled", none),
-        vectors={name: mine.values[name] for name in vectors},
-        labelled_vectors={name: seen[name] for name in vectors},
-        labelled_scores={name: values for name, values in seen.items() if name not in vectors},
-    )
+    return np.asarray(at_pool_pixels(target), np.uint8)

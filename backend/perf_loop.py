@@ -17,10 +17,10 @@ from backend import attach
 from backend.context import Context, connect
 from backend.embedded import backend_settings, start_redis, start_serve, start_studio, start_worker
 from backend.errors import JobError
-from backend.features import FIT_IMAGES, PACK, extractor, make_fit, write_pack
+from backend.features import PACK, extractor, make_fit, write_pack
 from backend.jobs import split
 from backend.perf import Item, missing, processor, ratio
-from backend.prepare import clusters_name, count_clusters
+from backend.prepare import SAMPLE_IMAGES, clusters_name, count_clusters
 from backend.project import Project, TaskRecord
 from backend.publish import publish_order
 from backend.rank import Place
@@ -112,7 +112,7 @@ def fill(ctx: Context, project: Project, ids: list[int], image: str) -> None:
         return seen[torch.randperm(PIXELS, generator=draw)] + spread * torch.randn(seen.shape, generator=draw)
 
     colour = pixels[places[:, 0], places[:, 1]]
-    fit, _ = make_fit(ctx, [drawn() for _ in range(FIT_IMAGES)], [colour] * FIT_IMAGES, rng)
+    fit, _ = make_fit(ctx, [drawn() for _ in range(SAMPLE_IMAGES)], [colour] * SAMPLE_IMAGES, rng)
     for part in split(ids, PACK):
         features = torch.stack([fit.scaling(drawn()).half() for _ in part])
         write_pack(ctx, project, fit, [records[task] for task in part], features)

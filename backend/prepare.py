@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
+from backend.errors import MaskError
 from backend.faults import concerns_all, due, noted
 from backend.label_config import ProjectConfig
 from backend.project import Index, Project, TaskRecord, labelled
@@ -26,11 +28,13 @@ from model.clusters import (
 from model.pseudo import decide, image_votes, pseudo_ground_truth
 
 #: The codebook is fitted to this many pixels of this many images; more changes the centres less than a restart does.
+#: The scaling of features and the kinds of pixels are made from as many images.
 SAMPLE_IMAGES, SAMPLE_PIXELS = 200, 500
 #: Most images that are tried for it, and seconds that are spent on them.
 SAMPLE_TRIES, SAMPLE_SECONDS = 600, 1200.0
 #: The codebook is fitted again when the pool has grown by this factor: new fields bring new colours.
 GROWTH = 2.0
+T = TypeVar("T")
 
 
 def codebook_is_stale(project: Project, tasks: int) -> bool:
@@ -42,24 +46,38 @@ def codebook_is_stale(project: Project, tasks: int) -> bool:
 def fit_codebook(ctx: Context, project: Project, index: Index) -> None:
     """Fit the pool's clusters to a bounded sample of its pixels and keep them."""
     rng = np.random.default_rng(project.id)
-    usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
-    ids = sorted(rng.permutation(usable or sorted(index)), key=lambda task: index[int(task)].tries)[:SAMPLE_TRIES]
-    images, samples, until = ctx.images(project.id), [], time.monotonic() + SAMPLE_SECONDS
-    for task in ids:
-        record = index[int(task)]
-        try:
-            image, _ = images.get(project.id, record.id, record.image)
-            samples.append(sample_pixels(image, SAMPLE_PIXELS, rng))
-        except Exception as error:
-            if concerns_all(error, ctx.studio):
-                raise  # else it is noted in the task's record when its cluster map is made
-        progress(len(samples), min(len(ids), SAMPLE_IMAGES))
-        if len(samples) == SAMPLE_IMAGES or time.monotonic() > until:
-            break
+    taken = sampled(ctx, project, index, rng, lambda image: sample_pixels(image, SAMPLE_PIXELS, rng))
+    samples = [pixels for _, pixels in taken]
     if samples:
         book = fit(np.concatenate(samples), DEFAULT_K, rng)
         ctx.board.go_on(project.id)
         project.store.write_json(project.key("codebook.json"), {"codebook": book.to_json(), "tasks": len(index)})
+
+
+def sampled(
+    ctx: Context, project: Project, index: Index, rng: np.random.Generator, take: Callable[[NDArray[np.uint8]], T]
+) -> Iterator[tuple[TaskRecord, T]]:
+    """A bounded sample of the project's images, with what `take` gives of each; those that cannot be had are left out.
+
+    Their faults are noted in their tasks' records when each is prepared.
+    """
+    usable = [i for i in sorted(index) if not index[i].error or due(index[i])]
+    ids = sorted(rng.permutation(usable or sorted(index)), key=lambda task: index[int(task)].tries)[:SAMPLE_TRIES]
+    images, found, until = ctx.images(project.id), 0, time.monotonic() + SAMPLE_SECONDS
+    for task in ids:
+        record = index[int(task)]
+        try:
+            image, _ = images.get(project.id, record.id, record.image)
+            taken = take(image)
+        except Exception as error:
+            if concerns_all(error, ctx.studio):
+                raise
+        else:
+            found += 1
+            yield record, taken
+        progress(found, min(len(ids), SAMPLE_IMAGES))
+        if found == SAMPLE_IMAGES or time.monotonic() > until:
+            return
 
 
 def prepare_task(
@@ -153,6 +171,18 @@ def votes_of(
     if labels is None or own is None or labels.shape != own.shape:  # of another picture: one of them is made anew
         return np.full(DEFAULT_K, UNKNOWN)
     return np.asarray(image_votes(labels, own, DEFAULT_K, len(config.classes.coarse)), np.int64)
+
+
+def check_shape(record: TaskRecord, mask: NDArray[np.uint8], size: tuple[int, ...]) -> None:
+    """Refuse labels (H, W) that are not of an image of this height and width.
+
+    Raises:
+        MaskError: naming the task.
+    """
+    if mask.shape != size:
+        raise MaskError(
+            f"the labels of task {record.id} are for an image of another shape: restore the image, or label it anew"
+        )
 
 
 def target_of(

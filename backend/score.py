@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from backend.context import Context
 from backend.enqueue import progress
-from backend.errors import MaskError
 from backend.faults import noted
 from backend.label_config import ProjectConfig
 from backend.learn import load_network, network_key
-from backend.prepare import clusters_name, target_of
+from backend.prepare import check_shape, clusters_name, target_of
 from backend.project import Index, Project, TaskRecord
 from model.classes import Classes
 from model.network import device
@@ -142,11 +141,7 @@ def inputs(
             )
             if target is None:
                 target = np.full(image.shape[:2], config.classes.any_row, np.uint8)
-            if target.shape != image.shape[:2]:
-                raise MaskError(
-                    f"the labels of task {record.id} are for an image of another shape: restore the image, or label it "
-                    "anew"
-                )
+            check_shape(record, target, image.shape[:2])
         except Exception as error:
             faulty.append(noted(ctx.studio, project.id, record, error))
             continue

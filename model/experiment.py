@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.arena import Labelled, device_title
-from model.by_score import PREDICTORS
 from model.classes import IGNORE
-from model.features import Dense, Extractor, fit_scaling, spread_pixels
+from model.features import Dense, Extractor, fit_scaling
 from model.heads import (
     BACKGROUND,
     FOREGROUND,
@@ -31,10 +30,20 @@ from model.heads import (
     no_sums,
     solve,
 )
-from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
+from model.instant import (
+    LABELLED,
+    READS,
+    WEAK,
+    WEAK_UNTIL,
+    head_from_coarse,
+    head_of,
+    left_out_of,
+    no_opinion,
+    pool_of,
+)
 from model.masks import STRIDE, Layer, layer_of, strongest_of
 from model.metrics import confusion
-from model.pixel_pool import PIXELS, FirstRow, PixelPool, make_pool
+from model.pixel_pool import FirstRow, PixelPool, make_pool, pool_pixels
 from model.pixel_scores import score_pool
 from model.pool import Pool
 from model.pseudo import fine_target
@@ -45,36 +54,6 @@ Map = NDArray[np.uint8]
 
 #: Share of the pool that a seed may pick from: what a start is by chance, since learning has no chance in it.
 DRAWN = 0.7
-#: What strategies read, by the names of `model.pixel_scores`; "oracle" is the magnitude against hidden masks.
-READS: Mapping[str, tuple[str, ...]] = {
-    "foreground-random": ("foreground",),
-    "least-confidence": ("least_confidence",),
-    "margin": ("margin",),
-    "entropy": ("entropy", "coarse_entropy", "fine_entropy"),
-    "entropy-top": ("entropy_top",),
-    "entropy-foreground": ("entropy_foreground",),
-    "bald": ("bald",),
-    "power-bald": ("bald",),
-    "pseudo-loss": ("pseudo_loss",),
-    "egl": ("egl",),
-    "egl-settles": ("egl_settles",),
-    "egl-huang": ("egl_huang",),
-    "learned-gradient": (*PREDICTORS, "magnitude"),
-    "entropy-gradnorm": ("entropy_gradnorm",),
-    "class-stratified": ("class_entropy",),
-    "gradient-magnitude": ("magnitude",),
-    "magnitude-range": ("magnitude",),
-    "direction-range": ("embedding",),
-    "coarse-egl": ("magnitude", "variance", "coarse_egl"),
-    "coarse-egl-segment": ("segment_egl",),
-    "badge": ("own",),
-    "coreset": ("pooled",),
-    "typiclust": ("pooled",),
-    "bait": ("fisher",),
-    "coverage": ("pooled",),
-    "novel-egl": ("coarse_egl", "embedding", "pooled"),
-    "oracle-gradient": ("oracle",),
-}
 
 
 class Experiment:
@@ -105,7 +84,7 @@ class Experiment:
         self.name, self.classes, self.names, images, self.masks, self.coarse, tests = Labelled.read(data, size)
         self.device = device
         extractor = Extractor(network, device)
-        self._pixels = [spread_pixels((mask.shape[0], mask.shape[1]), PIXELS) for mask in self.masks]
+        self._pixels = [pool_pixels(mask) for mask in self.masks]
         raw = torch.stack(list(extractor.sample(images, self._pixels)))
         self._scaling = fit_scaling(raw.flatten(0, 1), extractor.widths)
         colours = np.stack(
@@ -193,9 +172,8 @@ class Experiment:
 
     def start(self, coarse: bool) -> Head:
         """The head before any label: the coarse head, each side shared by its classes alike; else no opinion."""
-        count = len(self.classes.fine)
         if not coarse or self.coarse_head is None:
-            return Head(self.classes.fine, torch.zeros(count, self._scaling.dimensions), torch.zeros(count))
+            return no_opinion(self.classes, self._scaling.dimensions)
         return head_from_coarse(self.coarse_head, self.classes)
 
     def order(
@@ -240,18 +218,7 @@ class Experiment:
         """What a strategy sees; `rest` and `labelled` are places among the drawn images."""
         scores = self._scores(names, head, drawn, labelled, coarse)
         mine, theirs = ({n: values[part] for n, values in scores.items()} for part in (rest, labelled))
-        nothing, none = np.zeros((len(rest), 1)), np.zeros((len(labelled), 1))
-        vectors = {name for name, values in mine.items() if values.ndim > 1}
-        return Pool(
-            scores={name: mine[name] for name in mine.keys() - vectors},
-            embedding=mine.get("embedding", nothing),
-            features=mine.get("pooled", nothing),
-            labelled_embedding=theirs.get("embedding", none),
-            labelled_features=theirs.get("pooled", none),
-            vectors={name: mine[name] for name in vectors},
-            labelled_vectors={name: theirs[name] for name in vectors},
-            labelled_scores={name: theirs[name] for name in theirs.keys() - vectors},
-        )
+        return pool_of(mine, theirs, len(rest), len(labelled))
 
     def _scores(
         self, names: Sequence[str], head: Head, drawn: Drawn, labelled: list[int], coarse: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import requests
 import torch
@@ -19,6 +19,7 @@ from torchvision.models.segmentation.lraspp import LRASPP
 
 from model import lite0
 
+T = TypeVar("T")
 #: Seconds that a host may take to answer before its weights count as unavailable.
 ANSWER_SECONDS = 5
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -155,10 +156,15 @@ def build_available(name: str, num_classes: int) -> tuple[Network, str | None]:
     Raises:
         ValueError: there is no network of that name.
     """
+    return available(name, lambda known: build(known, num_classes))
+
+
+def available(name: str, make: Callable[[str], T]) -> tuple[T, str | None]:
+    """What `make` makes of the network of that name, or else of the one that needs no download, and a sentence."""
     try:
-        return build(name, num_classes), None
+        return make(name), None
     except PretrainedError as error:
-        return build(SHIPPED, num_classes), f"Using {SHIPPED} instead of {name}: {error}"
+        return make(SHIPPED), f"Using {SHIPPED} instead of {name}: {error}"
 
 
 def load_backbone(network: Network) -> None:

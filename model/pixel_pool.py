@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.classes import Classes
-from model.features import Maps, Scaling
+from model.features import Maps, Pixels, Scaling, spread_pixels
 from model.heads import Head, foreground_probability
 from model.kinds import Chosen, Kinds, Tables, Worth, choose, design_variance, fit_kinds, reason, tabulate, worth_of
 from model.pixel_scores import CACHED
@@ -131,6 +131,18 @@ def opinions(
     """What the heads think of some images: (N, P) probability of foreground, and their tables."""
     inside = foreground_of(features, head, coarse, classes)
     return inside, tabulate(kind_of, len(kinds.centres), doubt_of(features, head), inside)
+
+
+def pool_pixels(values: NDArray[np.uint8]) -> Pixels:
+    """(P, 2) row and column of the pixels that are kept of an image or a map (H, W, ...)."""
+    return spread_pixels((values.shape[0], values.shape[1]), PIXELS)
+
+
+def at_pool_pixels(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(P, ...) what an image or a map (H, W, ...) has at the pixels that are kept of it."""
+    rows, columns = pool_pixels(values).T
+    taken: NDArray[np.uint8] = values[rows, columns]
+    return taken
 
 
 def kind_map(maps: Maps, scaling: Scaling, kinds: Kinds) -> NDArray[np.uint8]:
