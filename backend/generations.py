@@ -19,6 +19,7 @@ from backend.enqueue import progress
 from backend.errors import LabelStudioError
 from backend.labelstudio import Row
 from backend.project import HEAD, Project
+from backend.spares import keep
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
     Returns:
         Whether all have moved; else a job waits after a page of tasks, and a later call goes on.
     """
-    later = f"{VERSION}-{bucket(project, int(version.rpartition('-')[2]), known)}"
+    later = gathering(project, version, known)
     if later == version:
         return True
     entry = known[str(int(version.rpartition("-")[2]))]
@@ -211,12 +212,16 @@ def gather(ctx: Context, project: Project, version: str, tasks: Sequence[int], k
         if start and ctx.board.waiting():
             return False
         page = left[start : start + PAGE]
+        moved = []
         for task in with_predictions(ctx, project, page):
             annotations = task.get("annotations") or []
             begun = {annotation.get("parent_prediction") for annotation in annotations}  # updates name it again
             for prediction in task.get("predictions") or []:
                 if prediction.get("model_version") == version and (not annotations or prediction["id"] in begun):
                     ctx.studio.patch_prediction(int(prediction["id"]), model_version=later, result=[])
+                    moved.append((int(task["id"]), int(prediction["id"])))
+        if version.startswith(QUEUE):
+            keep(project, moved)
         entry["gathered"] = page[-1]
     entry.pop("gathered", None)
     return True
@@ -243,6 +248,22 @@ def with_predictions(ctx: Context, project: Project, tasks: Sequence[int]) -> It
 def buckets(project: Project) -> dict[str, int]:
     """Rounds under whose version prelabels are gathered, by time."""
     return dict(project.store.read_json(project.key("gathered.json")) or {})
+
+
+def gathering(project: Project, version: str, known: dict[str, Any] | None = None) -> str:
+    """The version under which prelabels of `version` are gathered now.
+
+    Args:
+        project: whose prelabels they are.
+        version: theirs.
+        known: of `history`, if it is at hand and will be written; else it is read and written here.
+    """
+    if known is not None:
+        return f"{VERSION}-{bucket(project, int(version.rpartition('-')[2]), known)}"
+    known = history(project)
+    later = gathering(project, version, known)
+    project.store.write_json(project.key("generations.json"), known)
+    return later
 
 
 def bucket(project: Project, number: int, known: dict[str, Any]) -> int:

@@ -38,6 +38,7 @@ from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.masks import show_masks
 from backend.measure import measure, test_then_train
+from backend.model_in_force import HEAD_MASKS
 from backend.order import ordered
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
@@ -402,7 +403,8 @@ def clean_store(ctx: Context, project: Project) -> None:
 
 def drop_maps(project: Project) -> None:
     """Delete the masks and cluster maps of tasks that are gone."""
-    found = [key for folder in ("labels", "coarse", "clusters") for key in project.store.list(project.key(folder))]
+    folders = ("labels", "coarse", "clusters", f"predictions/{HEAD_MASKS}")
+    found = [key for folder in folders for key in project.store.list(project.key(folder))]
     index = project.index()  # read after the listing: a round beside us may be adding both
     for key in found if index else ():
         task = key.rpartition("/")[2].removesuffix(".png")

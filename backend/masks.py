@@ -34,7 +34,8 @@ def show_masks(ctx: Context, project: Project, index: Index, fit: Fit, model: Mo
     if model.head is None:
         return False
     made = False
-    shown = dict(project.store.read_json(project.key("masks.json")) or {})
+    known = dict(project.store.read_json(project.key("masks.json")) or {})
+    shown = {task: said for task, said in known.items() if int(task) in index}
     name = f"{model.version} {fit.version}"
     for task in tasks:
         record = index[task]

@@ -258,7 +258,7 @@ class Project:
 
     def forget_order(self) -> None:
         """The project has no order of ours any more (detach); models, maps and scores stay for another time."""
-        for name in ("state.json", "ranking.json", "generations.json", "served.json"):
+        for name in ("state.json", "ranking.json", "generations.json", "served.json", "spares.json"):
             self.store.delete(self.key(name))
 
     def save_votes(self, decided: NDArray[np.uint8], voters: int, config: ProjectConfig) -> None:

@@ -28,7 +28,7 @@ from backend.coarse_answers import (
 from backend.context import Context
 from backend.errors import InUseError, JobError, LabelStudioError
 from backend.faults import noted
-from backend.generations import VERSION, queue_name, remember
+from backend.generations import VERSION, gathering, queue_name, remember
 from backend.label_config import ProjectConfig
 from backend.model_in_force import model_in_force
 from backend.own_updates import change, refuse_drafted
@@ -36,6 +36,7 @@ from backend.prelabels import regions
 from backend.prepare import clusters_name
 from backend.project import HEAD, Index, Project, TaskRecord, stages
 from backend.rank import Place, guesses
+from backend.spares import move, take_back
 from backend.sync import check_config
 
 log = logging.getLogger(__name__)
@@ -150,9 +151,10 @@ def move_head(
     for position, task in enumerate(head):  # the first one first: it is what the next person gets
         ctx.board.go_on(project.id)
         show([task])
-        result = regions(project, config, task, state)
-        score = head_score(served["changes"], position)
-        ctx.studio.create_prediction(task, result, served["queue"], score)
+        result, score = regions(project, config, task, state), head_score(served["changes"], position)
+        row = {"task": task, "result": result, "score": score, "model_version": served["queue"]}
+        if move(ctx, project, [row], served["queue"]):
+            ctx.studio.create_prediction(task, result, served["queue"], score)
     served["tasks"] = list(dict.fromkeys([*head, *order]))
     project.store.write_json(project.key("served.json"), served)
 
@@ -235,9 +237,10 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
         result = regions(project, config, place.task, state) if position < HEAD else []
         score = full_score(position, len(places))
         rows.append({"task": place.task, "result": result, "score": score, "model_version": state["queue"]})
-    delete_generation(ctx, project, state["queue"])  # of a publish that died half-way
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
+    delete_half(ctx, project, state["queue"])
+    new = move(ctx, project, rows, state["queue"])
+    for start in range(0, len(new), CHUNK):
+        chunk = new[start : start + CHUNK]
         ctx.board.go_on(project.id)
         created = ctx.studio.import_predictions(project.id, chunk)
         if created != len(chunk):
@@ -247,9 +250,10 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
             )
 
 
-def delete_generation(ctx: Context, project: Project, version: str) -> None:
-    """Delete the predictions of one version, if there are any."""
+def delete_half(ctx: Context, project: Project, version: str) -> None:
+    """Delete what a publish that died half-way has left of this version, if anything."""
     if version in ctx.studio.versions(project.id):
+        take_back(ctx, project, version, gathering(project, version))
         ctx.studio.delete_version(project.id, version)
 
 

@@ -15,7 +15,7 @@ from conftest import Backend
 from moto.server import ThreadedMotoServer
 from team import cannot_be_shown, wait_for
 
-from backend import generations, publish
+from backend import generations, publish, spares
 from backend.attach import apply, plan
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
@@ -166,6 +166,47 @@ def test_a_large_order_changes_at_its_head_and_goes_gently(
     known: dict[str, dict[str, object]] = {"77": {}}
     assert not gather(ctx, project, "seg-77", ids, known), "a job that waits goes first"
     assert known["77"]["gathered"] == sorted(ids)[PAGE - 1], "but not for ever"
+
+
+def test_a_task_that_nobody_picks_gathers_no_prediction_for_each_order(
+    make_backend: Callable[..., Backend], pictures: dict[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spares, "MOST", 3)
+    monkeypatch.setattr(generations, "MOST_ORDERS", 2)
+    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0")
+    ctx = backend.context
+    project = ctx.project(project_of(backend, pictures, 10))
+    ids = [int(row["id"]) for row in ctx.studio.tasks(project.id)]
+    config, index = refreshed(backend, project.id), {task: TaskRecord(task, "a.jpg") for task in ids}
+    project.save_index(index)
+
+    def order(number: int, ranked: list[int]) -> dict[int, dict[int, str]]:
+        """Publish an order and clean up; the predictions of each task, with their versions."""
+        publish.publish_order(ctx, project, index, config, places(ranked), number)
+        for queue in (GPU, DEFAULT):  # cleaning up gives way to jobs that wait
+            ctx.board.queue(queue).empty()
+        generations.clean_versions(ctx, project)
+        assert served(backend, project.id) == ranked[0]
+        return {task: {p["id"]: p["model_version"] for p in ctx.studio.predictions(task)} for task in ids}
+
+    seen: set[int] = set()
+    sizes = []
+    for number in range(1, 13):
+        there = order(number, ids[number % 10 :] + ids[: number % 10])
+        before, seen = seen, {prediction for rows in there.values() for prediction in rows}
+        assert before <= seen, "any of them may be open"
+        assert all(list(rows.values()).count(f"first-row-{number}") == 1 for rows in there.values())
+        sizes.append(len(seen))
+    assert sizes[-1] == sizes[-5], f"each order added some: {sizes}"
+
+    ctx.studio.delete_prediction(next(iter(there[ids[0]])))  # by somebody else: it gets a new one
+    known = order(13, ids)
+
+    fresh = ctx.studio.create_prediction(ids[1], [], "first-row-14", 0.5)  # what a publish has sent when it dies
+    spares.move(ctx, project, [{"task": task, "model_version": "first-row-14"} for task in ids], "first-row-14")
+    assert ctx.studio.versions(project.id)["first-row-14"] > 1
+    after = order(14, ids)
+    assert {p for rows in known.values() for p in rows} <= {p for rows in after.values() for p in rows} - {fresh}
 
 
 def refreshed(backend: Backend, project: int) -> object:
