@@ -16,7 +16,7 @@ from rich.console import Console
 
 from backend import cli_bench
 from backend.cli_bench import positive
-from backend.errors import AttachRefused, FirstRowError
+from backend.errors import AttachRefused, FirstRowError, JobError
 from backend.perf import GROUPS
 from backend.settings import Settings
 
@@ -190,10 +190,15 @@ def _run_detach(given: argparse.Namespace) -> None:
         return
     _say("Stop the jobs of this project.")
     if not ctx.board.stop(given.project, STOP_SECONDS):
-        _say("A job is still busy with one long step; it will write nothing more.")
+        _say("A job is still busy with one long step; after it, it changes nothing more.")
     try:
         for sentence in detach(*wanted, **known):
             _say(sentence)
+        if ctx.board.running(given.project):
+            raise JobError(
+                f"a job of project {given.project} is still busy: what it has asked Label Studio for by now may be done "
+                f"after we looked, so run `firstrow detach --project {given.project}` once more when it has ended"
+            )
     except BaseException:
         _forget(ctx, given.project)
         ctx.board.stop(given.project, 0)  # until `attach`, or a detach that ends

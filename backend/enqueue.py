@@ -22,6 +22,7 @@ from redis.retry import Retry as RedisRetry
 from rq import Queue, Retry, get_current_job
 from rq.exceptions import NoSuchJobError
 from rq.job import Dependency, Job, JobStatus
+from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from backend.errors import RoundOver
@@ -367,8 +368,8 @@ class Board:
 
         From now on no round and no reconcile of the project starts, whoever asks: wishes are remembered, no more. Jobs
         that wait are cancelled. A job that runs ends by `RoundOver` at its next `go_on`, which every job calls as it
-        starts, between two tasks and training steps (by `progress`), and before it writes to Label Studio; a request to
-        Label Studio that is under way is not broken off. The project stays stopped until `register` (`attach`) lifts
+        starts, between two tasks and training steps (by `progress`), and right before each request that changes something
+        in Label Studio (by `transport.asking`); a request that is under way is not broken off. The project stays stopped until `register` (`attach`) lifts
         it, or for `STOPPED` seconds after `forget`.
 
         Args:
@@ -376,8 +377,8 @@ class Board:
             seconds: to wait for jobs that run.
 
         Returns:
-            Whether no job of the project runs any more. If False one is still in a long request or computation; it will
-            write nothing after that while the project is stopped.
+            Whether no job of the project runs any more. If False one is still in a long request or computation; after
+            that it changes nothing while the project is stopped.
         """
         self.redis.set(_key(project, "stopped"), 1)
         self.redis.delete(_key(project, "busy"), _key(project, "owner"), _key(project, "jobs"), _key(project, "retry"))
@@ -395,14 +396,18 @@ class Board:
         return bool(self.redis.exists(_key(project, "stopped")))
 
     def running(self, project: int) -> list[str]:
-        """Ids of the project's jobs that a worker has in hand, but for the one that asks."""
+        """Ids of the project's jobs that a worker has in hand, but for the one that asks; not those of dead workers."""
         me = get_current_job()
-        return [job for job in self.in_hand() if _of(job) == project and not (me and me.id == job)]
+        gone = {job for registry in self._started() for job in registry.get_expired_job_ids()}
+        others = [job for job in self.in_hand() if not (me and me.id == job)]
+        return [job for job in others if _of(job) == project and job not in gone]
 
     def in_hand(self) -> list[str]:
-        """Ids of all jobs that a worker has in hand."""
-        started = [self.queue(name).started_job_registry for name in (GPU, DEFAULT)]
-        return [job for registry in started for job in registry.get_job_ids(cleanup=False)]
+        """Ids of all jobs that a worker has in hand, or had when it died."""
+        return [job for registry in self._started() for job in registry.get_job_ids(cleanup=False)]
+
+    def _started(self) -> list[StartedJobRegistry]:
+        return [self.queue(name).started_job_registry for name in (GPU, DEFAULT)]
 
     def _cancel(self, project: int) -> None:
         for name in (GPU, DEFAULT):

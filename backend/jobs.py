@@ -47,6 +47,7 @@ from backend.publish import Show, call_back, in_force, mark_asked, publish_order
 from backend.rank import Place, rank
 from backend.score import note_unscored, score_tasks, scored, scores_key, unscored
 from backend.sync import check_config, listing, refresh_config, sync
+from backend.transport import asking
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -72,7 +73,8 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
         holder = args[0] if name in IN_ROUND or name == "start_round" else None
         try:
             ctx.board.go_on(project)
-            job(ctx, ctx.project(project), *args, **kwargs)
+            with asking(partial(ctx.board.go_on, project)):
+                job(ctx, ctx.project(project), *args, **kwargs)
         except RoundOver as error:
             log.info("%s: %s", name, error)
         except StartAnew as error:

@@ -16,11 +16,12 @@ from backend.coarse_answers import digest
 from backend.context import Context
 from backend.errors import InUseError
 from backend.labelstudio import Row
+from backend.transport import TIMEOUT
 
 log = logging.getLogger(__name__)
 
-#: Seconds before we wrote at which what we lost can have been saved: no request takes longer.
-LONGEST = 10.0
+#: Seconds before we wrote at which what we lost can have been saved: no request is waited for any longer.
+LONGEST = TIMEOUT[1]
 
 
 def change(ctx: Context, project: int, seen: Row, **fields: object) -> Row:

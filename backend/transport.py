@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
 import orjson
@@ -27,6 +29,24 @@ TRIES, LONGEST_WAIT = 3, 10.0
 FREELY = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 #: An access token is renewed after this share of its life.
 RENEW = 0.8
+#: Asked right before a request that changes something is sent, and before each time that it is sent again.
+_may_change: ContextVar[Callable[[], object] | None] = ContextVar("may_change", default=None)
+
+
+@contextmanager
+def asking(check: Callable[[], object]) -> Iterator[None]:
+    """Have `check` called right before each request that may change something, by this thread; it raises to forbid it."""
+    token = _may_change.set(check)
+    try:
+        yield
+    finally:
+        _may_change.reset(token)
+
+
+def _ask(method: str | None) -> None:
+    check = _may_change.get()
+    if check is not None and method != "GET":
+        check()
 
 
 class Credentials(AuthBase):
@@ -98,6 +118,17 @@ class Patience(Retry):
             return bool(self.total)
         return bool(super().is_retry(method, status_code, has_retry_after))
 
+    def increment(self, method: str | None = None, *args: Any, **more: Any) -> Self:
+        """Count a try, as urllib3 does, and remember of what."""
+        left = super().increment(method, *args, **more)
+        left.method = method
+        return left
+
+    def sleep(self, response: Any = None) -> None:
+        """Wait before the next try, and ask whether it may still be sent."""
+        super().sleep(response)
+        _ask(self.method)
+
     def get_retry_after(self, response: Any) -> float | None:
         """Seconds that the answer asks us to wait, at most `LONGEST_WAIT`."""
         seconds = super().get_retry_after(response)
@@ -168,6 +199,7 @@ class Transport:
         Raises:
             LabelStudioError: no connection.
         """
+        _ask(method)
         try:
             answer = self.session.request(
                 method,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -324,11 +325,15 @@ class Slow(BaseHTTPRequestHandler):
     delay: ClassVar[float] = 0.0
     asked: ClassVar[list[str]] = []
     refused: ClassVar[str] = ""
+    #: Called with each request, before it is passed on.
+    seen: ClassVar[Callable[[str], object] | None] = None
 
     def answer(self) -> None:
         """Pass one request on."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.asked.append(f"{self.command} {self.path}")
+        if (seen := type(self).seen) is not None:
+            seen(self.asked[-1])
         if self.refused and self.asked[-1].startswith(self.refused):
             self.send_error(502)
             return
@@ -383,6 +388,41 @@ def test_orders_come_though_every_answer_takes_two_seconds(slow: Team) -> None:
     served = slow.studio.next_task(slow.id)
     assert served is not None
     assert served["id"] == slow.ranking()[0]
+
+
+def test_what_is_stopped_changes_nothing_more(slow: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    board, told, stop_at, stopped = slow.backend.context.board, list[str](), list[str](), list[int]()
+
+    def tell(request: str) -> None:
+        """Note a request of a job, and stop the project at the one where it is to be stopped."""
+        if board.running(slow.id):
+            told.append(re.sub(r"\d+", "", request))
+            if told[-2:] == stop_at and not stopped:
+                board.stop(slow.id, 0)
+                stopped.append(len(told))
+
+    monkeypatch.setattr(Slow, "seen", staticmethod(tell))
+    slow.settle()
+    before = slow.backend.round(slow.id)
+    segment(slow)
+    slow.backend.wait(slow.id, before)
+    slow.settle()
+    threes = zip(told, told[1:], told[2:], strict=False)
+    last_looks = {(one, look) for one, look, then in threes if look.startswith("GET") and not then.startswith("GET")}
+    assert len(last_looks) >= 3, told
+    for looks in sorted(last_looks):
+        told.clear()
+        stopped.clear()
+        stop_at[:] = looks
+        while not stopped:  # a look at the counters may come between
+            redraw(slow)
+            wait_for(lambda: stopped or board.busy(slow.id), 60, slow.log)
+            wait_for(lambda: not board.running(slow.id) and (stopped or not board.busy(slow.id)), 60, slow.log)
+        assert [request for request in told[stopped[0] :] if not request.startswith("GET")] == [], looks
+        log.info("stopped after %s, then %s", looks, told[stopped[0] :])
+        board.register(slow.id)
+        board.request_round(slow.id, "goes on")
+        slow.settle()
 
 
 def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slow: Team) -> None:

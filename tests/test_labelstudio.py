@@ -14,9 +14,9 @@ import requests
 from PIL import Image
 
 from backend.embedded import Studio
-from backend.errors import LabelStudioError
+from backend.errors import LabelStudioError, RoundOver
 from backend.labelstudio import LabelStudio
-from backend.transport import TRIES, Transport, lifetime
+from backend.transport import TRIES, Transport, asking, lifetime
 
 CONFIG = """<View>
   <Image name="image" value="$image"/>
@@ -231,6 +231,29 @@ def test_what_may_be_repeated_is(shaky: Transport, method: str, status: int) -> 
         with pytest.raises(LabelStudioError, match=str(status)):
             shaky.call(method, "/x", body={})
     assert Shaky.asked == [method] * (3 if repeated else 1), "what makes something new is never sent twice"
+
+
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE", "POST"])
+def test_whether_something_may_still_be_changed_is_asked_before_each_try(shaky: Transport, method: str) -> None:
+    asked: list[int] = []
+
+    def check() -> None:
+        asked.append(len(Shaky.asked))
+        if len(asked) == 2:
+            raise RoundOver("stopped")
+
+    Shaky.statuses[:] = [429]
+    if method == "GET":
+        with asking(check):
+            assert shaky.call(method, "/x") == {}
+        assert asked == []
+        return
+    with asking(check), pytest.raises(RoundOver):
+        shaky.call(method, "/x", body={})
+    assert asked == [0, 1], "before the first and before the second"
+    assert Shaky.asked == [method]
+    shaky.call(method, "/x", body={})
+    assert len(asked) == 2, "nobody else is asked"
 
 
 def test_a_fault_that_stays_is_told(shaky: Transport) -> None:
