@@ -196,8 +196,8 @@ def _run_detach(given: argparse.Namespace) -> None:
             _say(sentence)
         if ctx.board.running(given.project):
             raise JobError(
-                f"a job of project {given.project} is still busy: what it has asked Label Studio for by now may be done "
-                f"after we looked, so run `firstrow detach --project {given.project}` once more when it has ended"
+                f"a job of project {given.project} is still busy: what it has asked Label Studio for may be done after "
+                f"we looked, so run `firstrow detach --project {given.project}` once more when it has ended"
             )
     except BaseException:
         _forget(ctx, given.project)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from backend.children import inherited
 from backend.errors import JobError
-from model.data import BUDGET, ImageError, decode_sized
+from model.data import BUDGET, BYTES, MOST_BYTES, ImageError, decode_sized
 
 #: Most bytes of one image file; a 60-megapixel TIFF fits.
 LIMIT = 200_000_000
@@ -38,10 +38,12 @@ SECONDS = 60
 MEMORY = 2 * LIMIT + BUDGET + 100_000_000
 #: Seconds in which a picture that ended the process is not tried again by the same worker.
 SHUNNED = 3600.0
-#: What the parent sends before the file's bytes (their number, work resolution), and the child before its answer
-#: (whether it is a copy, number of bytes).
+#: What the parent sends before the file's bytes (their number, work resolution or `MASK`), and the child before its
+#: answer (whether it is what was ordered, number of bytes).
 ORDER, ANSWER = struct.Struct(">QI"), struct.Struct(">?Q")
 READY = b"ready\n"
+#: Instead of a work resolution: unpack a mask. Pixels of it that are unpacked at once: bounds memory.
+MASK, AT_ONCE = 0, 1_000_000
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "backend.decoder")
 
@@ -75,13 +77,31 @@ class Decoder:
             ImageError: it cannot be decoded, or ended the process that tried.
             JobError: the process cannot be started.
         """
+        return self._answer(data, size)
+
+    def mask(self, data: bytes, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """(H, W) mask of a PNG: what is not transparent, or in a picture without transparency what is bright.
+
+        Args:
+            data: the file, whose header was seen to say `size`.
+            size: width and height in pixels.
+
+        Raises:
+            ImageError: it cannot be decoded, or ended the process that tried.
+            JobError: the process cannot be started.
+        """
+        width, height = size
+        bits = np.frombuffer(self._answer(data, MASK), np.uint8)
+        return np.unpackbits(bits, count=width * height).reshape(height, width).astype(np.bool_)
+
+    def _answer(self, data: bytes, order: int) -> bytes:
         with self._lock:
             self._check(data)
             process = self._running()
             try:
-                good, answer = _ask(process, data, size)
+                good, answer = _ask(process, data, order)
             except (OSError, EOFError) as error:
-                reason = _ending(self._ended())
+                reason = _ending(self._ended(), order)
                 self._shunned[_mark(data)] = (time.monotonic() + SHUNNED, reason)
                 raise ImageError(reason) from error
             except BaseException:  # a job's time is up: half an answer must not pass for that of the next picture
@@ -146,9 +166,9 @@ def resident() -> Decoder:
     return decoder
 
 
-def _ask(process: subprocess.Popen[bytes], data: bytes, size: int) -> tuple[bool, bytes]:
+def _ask(process: subprocess.Popen[bytes], data: bytes, order: int) -> tuple[bool, bytes]:
     there, back = _pipe(process.stdin), _pipe(process.stdout)
-    there.write(ORDER.pack(len(data), size))
+    there.write(ORDER.pack(len(data), order))
     there.write(data)
     there.flush()
     good, length = ANSWER.unpack(_exactly(back, ANSWER.size))
@@ -176,15 +196,15 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
-def _ending(code: int) -> str:
+def _ending(code: int, order: int) -> str:
     """Why a picture ended the process, in a sentence."""
-    again = "save it again as JPEG or PNG"
+    what, again = ("the mask", "draw it again") if order == MASK else ("the image", "save it again as JPEG or PNG")
     if code == -signal.SIGALRM:
-        return f"the image takes longer than {SECONDS} s to decode: {again}, or smaller"
+        return f"{what} takes longer than {SECONDS} s to decode: {again}, or smaller"
     if code == -signal.SIGKILL:
-        return f"the process that decoded the image was killed, perhaps for its memory: {again}, or smaller"
+        return f"the process that decoded {what} was killed, perhaps for its memory: {again}, or smaller"
     name = signal.Signals(-code).name if code < 0 and -code in set(signal.Signals) else f"status {code}"
-    return f"the image crashes its decoder ({name}): {again}"
+    return f"{what} crashes its decoder ({name}): {again}"
 
 
 # In the process
@@ -198,24 +218,46 @@ def serve(orders: IO[bytes], answers: IO[bytes]) -> None:
         head = orders.read(ORDER.size)
         if len(head) < ORDER.size:
             return
-        length, size = ORDER.unpack(head)
-        good, answer = _copied(_exactly(orders, length), size)
+        length, order = ORDER.unpack(head)
+        good, answer = _done(_exactly(orders, length), order)
         answers.write(ANSWER.pack(good, len(answer)))
         answers.write(answer)
         answers.flush()
 
 
-def _copied(data: bytes, size: int) -> tuple[bool, bytes]:
+def _done(data: bytes, order: int) -> tuple[bool, bytes]:
     signal.alarm(SECONDS)  # unlike a timer of the parent it also ends an orphan
     try:
-        return True, encoded(*decode_sized(data, size))
+        return True, np.packbits(mask_of(data)).tobytes() if order == MASK else encoded(*decode_sized(data, order))
     except ImageError as error:
         return False, str(error).encode(errors="replace")
     except Exception as error:  # whatever it is, it is the fault of this picture
-        reason = f"the image cannot be read: {type(error).__name__}: {error}; save it again as JPEG or PNG"
+        reason = f"{type(error).__name__}: {error}"
+        if order != MASK:
+            reason = f"the image cannot be read: {reason}; save it again as JPEG or PNG"
         return False, reason.encode(errors="replace")
     finally:
         signal.alarm(0)
+
+
+def mask_of(data: bytes) -> NDArray[np.bool_]:
+    """(H, W) mask of a PNG; see `Decoder.mask`.
+
+    Raises:
+        ImageError: it takes too much memory.
+    """
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        width, height = image.size
+        if (BYTES.get(image.mode, MOST_BYTES) + 2) * width * height > BUDGET:
+            raise ImageError(f"its picture of {width}x{height} pixels takes too much memory")
+        opaque, bright = np.empty((height, width), np.bool_), np.empty((height, width), np.bool_)
+        rows = max(1, AT_ONCE // width)
+        for top in range(0, height, rows):
+            strip = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+            pixels = np.asarray(strip)
+            opaque[top : top + rows] = pixels[..., 3] > 127
+            bright[top : top + rows] = pixels[..., :3].max(axis=2) > 127
+    return bright if opaque.all() else opaque
 
 
 def encoded(image: NDArray[np.uint8], size: tuple[int, int]) -> bytes:

@@ -368,9 +368,9 @@ class Board:
 
         From now on no round and no reconcile of the project starts, whoever asks: wishes are remembered, no more. Jobs
         that wait are cancelled. A job that runs ends by `RoundOver` at its next `go_on`, which every job calls as it
-        starts, between two tasks and training steps (by `progress`), and right before each request that changes something
-        in Label Studio (by `transport.asking`); a request that is under way is not broken off. The project stays stopped until `register` (`attach`) lifts
-        it, or for `STOPPED` seconds after `forget`.
+        starts, between two tasks and training steps (by `progress`), and right before each request that changes
+        something in Label Studio (by `transport.asking`); a request that is under way is not broken off. The project
+        stays stopped until `register` (`attach`) lifts it, or for `STOPPED` seconds after `forget`.
 
         Args:
             project: Label Studio's project id.

@@ -10,7 +10,6 @@ import base64
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import cv2
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from backend import decoder
 from backend.errors import MaskError
 from backend.label_config import MEANS, Control, ProjectConfig
 from backend.rle import Ints, decode_rle, encode_changes
 from model.classes import IGNORE
-from model.data import BUDGET, BYTES, MOST_BYTES
 
 #: A pixel that no region covers, and one whose region has a label that is not asked for.
 UNLABELLED, FOREIGN = 255, 254
@@ -38,7 +37,7 @@ MOST_PIXELS = 200_000_000
 MOST_READ, MOST_POINTS = 10_000, 100_000
 #: No point of a polygon is further away, in pixels, so that no product of two is too large.
 FAR = 1e9
-#: Pixels of a picture, or crossings of a polygon's outline with rows, that are computed at once: bounds memory.
+#: Crossings of a polygon's outline with rows that are computed at once: bounds memory.
 AT_ONCE = 1_000_000
 
 #: What readers of broken JSON, numbers and pictures raise.
@@ -153,17 +152,7 @@ def decode_png(url: str, size: Size) -> Mask:
     data = base64.b64decode(url.partition("base64,")[2], validate=True)
     if len(data) < 24 or struct.unpack(">II", data[16:24]) != size:  # before anything is unpacked
         raise ValueError(f"its picture is no PNG of {size[0]}x{size[1]} pixels, as its image is")
-    with Image.open(BytesIO(data), formats=["PNG"]) as image:
-        if (BYTES.get(image.mode, MOST_BYTES) + 2) * size[0] * size[1] > BUDGET:
-            raise ValueError(f"its picture of {size[0]}x{size[1]} pixels takes too much memory")
-        opaque, bright = np.empty((size[1], size[0]), np.bool_), np.empty((size[1], size[0]), np.bool_)
-        rows = max(1, AT_ONCE // size[0])
-        for top in range(0, size[1], rows):
-            strip = image.crop((0, top, size[0], min(top + rows, size[1]))).convert("RGBA")
-            pixels = np.asarray(strip)
-            opaque[top : top + rows] = pixels[..., 3] > 127
-            bright[top : top + rows] = pixels[..., :3].max(axis=2) > 127
-    return bright if opaque.all() else opaque
+    return decoder.resident().mask(data, size)
 
 
 def fill(points: NDArray[np.float64], size: Size) -> Mask:

@@ -35,7 +35,7 @@ _may_change: ContextVar[Callable[[], object] | None] = ContextVar("may_change", 
 
 @contextmanager
 def asking(check: Callable[[], object]) -> Iterator[None]:
-    """Have `check` called right before each request that may change something, by this thread; it raises to forbid it."""
+    """Have `check` called right before this thread sends anything that may change something; it raises to forbid it."""
     token = _may_change.set(check)
     try:
         yield
@@ -111,6 +111,9 @@ class Patience(Retry):
     A request that may have been carried out is sent again only if doing it twice does no harm: all but POST, which
     makes something new. A step that died between a POST and its answer looks what is there before it sends it again.
     """
+
+    #: Of the request that is tried again.
+    method: str | None = "GET"
 
     def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
         """Whether an answer of this status is worth another try."""

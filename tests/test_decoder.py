@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import signal
@@ -22,6 +23,7 @@ from PIL import Image
 from backend.decoder import Decoder, encoded
 from backend.errors import JobError
 from backend.images import unpacked
+from backend.regions import decode_png
 from model.data import FORMATS, ImageError, decode, formats, original_size
 
 ROOT = Path(__file__).parents[1]
@@ -29,15 +31,17 @@ ROOT = Path(__file__).parents[1]
 FRAGILE = """
 import ctypes, os, signal
 from backend import decoder
-real = decoder.decode_sized
-def decode_sized(data, size):
-    if b"crash" in data: ctypes.string_at(0)
-    if b"killed" in data: os.kill(os.getpid(), signal.SIGKILL)
-    if b"exit" in data: os._exit(7)
-    while b"hang" in data: pass
-    if b"fill" in data: return bytearray(10**10)
-    return real(data, size)
-decoder.decode_sized, decoder.SECONDS = decode_sized, 1
+def weak(real):
+    def decode(data, *size):
+        if b"crash" in data: ctypes.string_at(0)
+        if b"killed" in data: os.kill(os.getpid(), signal.SIGKILL)
+        if b"exit" in data: os._exit(7)
+        while b"hang" in data: pass
+        if b"fill" in data: return bytearray(10**10)
+        return real(data, *size)
+    return decode
+decoder.decode_sized, decoder.mask_of = weak(decoder.decode_sized), weak(decoder.mask_of)
+decoder.SECONDS = 1
 decoder.main()
 """
 
@@ -108,16 +112,34 @@ def test_other_formats_are_refused_by_name(data: bytes, name: str, decoder: Deco
         decoder.copy(data, 32)
 
 
-@pytest.mark.parametrize(
-    ("magic", "reason"),
-    [
-        (b"crash", "crashes its decoder .SIGSEGV."),
-        (b"killed", "was killed"),
-        (b"exit", "crashes its decoder .status 7."),
-        (b"hang", "takes longer than"),
-        (b"fill", "MemoryError"),
-    ],
-)
+ENDINGS = [
+    (b"crash", "crashes its decoder .SIGSEGV."),
+    (b"killed", "was killed"),
+    (b"exit", "crashes its decoder .status 7."),
+    (b"hang", "takes longer than"),
+    (b"fill", "MemoryError"),
+]
+
+
+@pytest.mark.parametrize(("magic", "reason"), ENDINGS)
+def test_a_mask_that_ends_the_process_costs_one_mask(
+    fragile: Decoder, magic: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.decoder.resident", lambda: fragile)
+    buffer = io.BytesIO()
+    drawn = np.arange(48 * 64).reshape(48, 64) % 7 == 0
+    Image.fromarray(drawn).convert("L").save(buffer, "PNG")
+
+    def url(more: bytes = b"") -> str:
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue() + more).decode()
+
+    np.testing.assert_array_equal(decode_png(url(), (64, 48)), drawn)
+    with pytest.raises(ImageError, match=reason):
+        decode_png(url(magic), (64, 48))
+    np.testing.assert_array_equal(decode_png(url(), (64, 48)), drawn)
+
+
+@pytest.mark.parametrize(("magic", "reason"), ENDINGS)
 def test_what_ends_the_process_costs_one_picture(fragile: Decoder, magic: bytes, reason: str) -> None:
     good, bad = picture(), picture() + magic
     before = fragile.copy(good, 32)

@@ -19,6 +19,7 @@ from team import GROUPS, SEG, Team, cannot_be_shown, saved
 from test_attach import STAYS
 from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read, set_aside_by_a_round
 
+from backend import cli
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.answers_file import CHUNK, OURS, saved_before, write_answers
 from backend.attached import PAGE, look
@@ -27,6 +28,7 @@ from backend.coarse_answers import copies_of, digest
 from backend.connection import keeper_account, keeper_address
 from backend.detach_answers import delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
+from backend.enqueue import DEFAULT
 from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
 from backend.label_config import parse, with_coarse
@@ -552,6 +554,27 @@ def test_detach_during_a_round_stops_it_first(make_backend: Callable[..., Backen
     after = around(team)
     for name in ("sampling", "model_version", "tabs", "backends", "webhooks", "versions", "keeper"):
         assert after[name] == before[name], name
+
+
+def test_detach_says_where_a_job_outlasts_it(
+    share_backend: Share, pictures: Pictures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    team.attach()
+    team.settle()
+    board = team.backend.context.board
+    registry = board.queue(DEFAULT).started_job_registry
+    monkeypatch.setattr(cli, "STOP_SECONDS", 0.2)
+    board.redis.zadd(registry.key, {f"clean-{team.id}-1:1": time.time() + 600})
+    try:
+        assert run(team, "detach", "--project", str(team.id)) == 1
+        assert "run `firstrow detach" in capsys.readouterr().err
+        assert team.studio.ml_backends(team.id) == []
+        assert board.redis.ttl(f"firstrow:{team.id}:stopped") == -1, "until a detach that ends"
+    finally:
+        board.redis.zrem(registry.key, f"clean-{team.id}-1:1")
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    assert board.redis.ttl(f"firstrow:{team.id}:stopped") > 0
 
 
 def test_detach_refuses_nothing_where_there_is_no_coarse_label(share_backend: Share, pictures: Pictures) -> None:

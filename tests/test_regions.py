@@ -340,8 +340,8 @@ def test_many_regions_of_a_large_image_take_the_memory_of_one() -> None:
         drawn("BrushLabels", [one] * (MOST_READ + 1))
 
 
-@pytest.mark.parametrize(("width", "reason"), [(12_000, "takes too much memory"), (20_000, "exceeds limit")])
-def test_a_bitmask_that_unpacks_to_much_is_refused(width: int, reason: str) -> None:
+@pytest.mark.parametrize("width", [12_000, 20_000])
+def test_a_bitmask_that_unpacks_to_much_is_refused(width: int) -> None:
     head = struct.pack(">IIBBBBB", width, 10_000, 8, 6, 0, 0, 0)
     chunks = {b"IHDR": head, b"IDAT": zlib.compress(bytes(10**7), 9), b"IEND": b""}
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks.items()]
@@ -349,7 +349,7 @@ def test_a_bitmask_that_unpacks_to_much_is_refused(width: int, reason: str) -> N
     region = region_of("BitmaskLabels", (width, 10_000), imageDataURL=url)
 
     def refuse() -> None:
-        with pytest.raises(MaskError, match=f"cannot be read.*{reason}"):
+        with pytest.raises(MaskError, match=r"cannot be read.*takes too much memory"):
             drawn("BitmaskLabels", [region])
 
     with warnings.catch_warnings():

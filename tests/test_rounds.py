@@ -106,6 +106,9 @@ def test_stop_waits_for_what_runs(board: Board) -> None:
     assert not board.stop(7, seconds=0.2)
     threading.Timer(0.3, board.redis.delete, [registry.key]).start()
     assert board.stop(7, seconds=20)
+    board.redis.zadd(registry.key, {f"{job.id}:1": time.time() - 1})
+    assert board.in_hand() == [job.id]
+    assert board.stop(7, seconds=0.2), "its worker is dead"
 
 
 def test_a_failed_round_is_tried_again_after_ever_longer_pauses(board: Board) -> None:
