@@ -86,7 +86,8 @@ def train_head(
         raise ValueError("training needs at least one labelled image")
     trained = copy.deepcopy(network).eval()
     rng = np.random.default_rng(recipe.seed)
-    learn(trained, decoded(trained, batches(labelled, weak, recipe, rng)), classes, recipe, None)
+    for _ in learn(trained, decoded(trained, batches(labelled, weak, recipe, rng)), classes, recipe):
+        pass
     return trained
 
 

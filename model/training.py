@@ -64,12 +64,7 @@ def train(
     device: str,
     progress: Progress | None = None,
 ) -> Network:
-    """A trained copy of a network.
-
-    One loss serves both kinds of image: minus the log of the probability of the classes that a pixel may have. For a
-    single class it is the cross-entropy, for "any class" zero. Rare rows count more, by the root of their share.
-
-    Batch normalisation keeps the statistics of the pretrained network: those of four crops of a few images are worse.
+    """A trained copy of a network: a `Training` from beginning to end.
 
     Args:
         network: where to start; stays as it is.
@@ -88,18 +83,62 @@ def train(
         ImageError: none of the images can be read; one that cannot be is left out.
         FloatingPointError: the loss, or what was learnt, is no longer a number.
     """
-    if not labelled and not weak:
-        raise ValueError("training needs at least one labelled image")
-    rng = np.random.default_rng(recipe.seed)
-    trained = copy.deepcopy(network).to(device)
-    trained.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)  # dropout
-        training_mode(trained)
-        source = ahead(batches(labelled, weak, classes, recipe, rng))
-        learn(trained, forwarded(trained, source), classes, recipe, progress)
-    check_finite(trained)
-    return trained.eval()
+    training = Training(network, labelled, weak, classes, recipe, device)
+    for done, loss in enumerate(training, 1):
+        if progress:
+            progress(done, recipe.steps, loss)
+    return training.result()
+
+
+class Training:
+    """A training that goes on step by step, and may rest between any two.
+
+    One loss serves both kinds of image: minus the log of the probability of the classes that a pixel may have. For a
+    single class it is the cross-entropy, for "any class" zero. Rare rows count more, by the root of their share.
+
+    Batch normalisation keeps the statistics of the pretrained network: those of four crops of a few images are worse.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        labelled: Sequence[Sample],
+        weak: Sequence[Sample],
+        classes: Classes,
+        recipe: Recipe,
+        device: str,
+    ) -> None:
+        """Begin; see `train` for the arguments.
+
+        Raises:
+            ValueError: there is no image at all.
+        """
+        if not labelled and not weak:
+            raise ValueError("training needs at least one labelled image")
+        self.recipe = recipe
+        self._network = copy.deepcopy(network).to(device)
+        self._network.to(memory_format=torch.channels_last)
+        training_mode(self._network)
+        source = ahead(batches(labelled, weak, classes, recipe, np.random.default_rng(recipe.seed)))
+        self._losses = learn(self._network, forwarded(self._network, source), classes, recipe)
+
+    def __iter__(self) -> Iterator[float]:
+        """The loss after each step that is left.
+
+        Raises:
+            ImageError: none of the images can be read.
+            FloatingPointError: the loss is no longer a number.
+        """
+        yield from self._losses
+
+    def result(self) -> Network:
+        """What was learnt, in evaluation mode.
+
+        Raises:
+            FloatingPointError: it is no longer a number.
+        """
+        check_finite(self._network)
+        return self._network.eval()
 
 
 def check_finite(network: Network) -> None:
@@ -123,46 +162,40 @@ def forwarded(network: Network, source: Iterator[Batch]) -> Iterator[tuple[Tenso
 
 
 def learn(
-    network: Network,
-    source: Iterator[tuple[Tensor, Tensor]],
-    classes: Classes,
-    recipe: Recipe,
-    progress: Progress | None,
-) -> None:
-    """The loop: a batch, its loss, a step down.
+    network: Network, source: Iterator[tuple[Tensor, Tensor]], classes: Classes, recipe: Recipe
+) -> Iterator[float]:
+    """The loop: a batch, its loss, a step down; gives the loss of each step.
 
     Args:
         network: its parameters are changed.
         source: logits (N, C, H, W) that the network gives as it then is, and targets (N, H, W).
         classes: what the rows of the targets mean.
         recipe: how.
-        progress: called after every step.
+
+    Raises:
+        FloatingPointError: the loss is no longer a number.
     """
     device = next(network.parameters()).device
     sets = torch.from_numpy(classes.sets()).to(device)
     seen = torch.zeros(len(sets), device=device)
     optimiser, schedule = descent(network, recipe)
-    for step, (logits, target) in zip(range(recipe.steps), source, strict=False):
-        seen += torch.bincount(target.flatten(), minlength=len(sets))
-        weights = row_weights(seen, classes.any_row)[target]
-        loss = (marginal_cross_entropy(logits.float(), target, sets) * weights).sum() / weights.sum().clamp(min=1)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-        report(step + 1, recipe.steps, loss.item(), progress)
-
-
-def report(done: int, steps: int, loss: float, progress: Progress | None) -> None:
-    """Pass a step's loss on.
-
-    Raises:
-        FloatingPointError: it is no longer a number.
-    """
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} after {done} steps: lower the learning rates")
-    if progress:
-        progress(done, steps, loss)
+    for step in range(recipe.steps):
+        with torch.random.fork_rng():
+            torch.manual_seed(
+                100_003 * recipe.seed + step
+            )  # dropout, whatever else this process does between two steps
+            logits, target = next(source)
+            seen += torch.bincount(target.flatten(), minlength=len(sets))
+            weights = row_weights(seen, classes.any_row)[target]
+            loss = (marginal_cross_entropy(logits.float(), target, sets) * weights).sum() / weights.sum().clamp(min=1)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} after {step + 1} steps: lower the learning rates")
+        yield value
 
 
 def training_mode(network: Network) -> None:
