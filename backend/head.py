@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.context import Context
-from backend.features import Fit, Held, extractor
+from backend.features import Fit, Held, extractor, finite
 from backend.label_config import ProjectConfig
 from backend.learn import curve_row
 from backend.named_maps import renumbered
@@ -101,11 +101,15 @@ def keep_pixels(
         record: of the task.
         maps: of its image.
         mask: (H, W) its annotation.
+
+    Raises:
+        FeatureError: what the network computes of them is not finite.
     """
     places, labels, weights = choose_pixels(mask, LABELLED, np.random.default_rng(record.id))
     if len(labels):
         with torch.inference_mode():
-            features = fit.scaling(maps.at(torch.from_numpy(places)[None].to(maps.images.device))[0].cpu()).half()
+            raw = maps.at(torch.from_numpy(places)[None].to(maps.images.device))[0].cpu()
+            features = finite(fit.scaling(raw).half())
     else:
         features = torch.zeros(0, fit.scaling.dimensions, dtype=torch.float16)
     arrays = {
