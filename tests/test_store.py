@@ -171,6 +171,21 @@ def test_arrays_never_run_code(store: Store) -> None:
     assert store.damaged == ["x.npz"]
 
 
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_arrays_with_any_byte_damaged_are_whole_or_gone(value: int) -> None:
+    store, arrays = Store(f"memory://{uuid4().hex}"), {"a": np.arange(9), "b": np.array(["soil", "crop"])}
+    store.write_arrays("x.npz", arrays)
+    data = store.read("x.npz") or b""
+    for place in range(len(data)):
+        store.write("x.npz", data[:place] + bytes([value]) + data[place + 1 :])
+        found = store.read_arrays("x.npz")
+        if found is None:
+            assert store.read("x.npz") is None
+        else:
+            assert found.keys() == arrays.keys(), place
+            assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+
+
 def test_map(store: Store) -> None:
     assert store.read_map("x.png") is None
     given = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8)
