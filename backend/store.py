@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -156,10 +157,10 @@ class Store:
             return None
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                if len(file.files) != int.from_bytes(data[ENTRIES], "little"):
+                if not 0 < len(file.files) == int.from_bytes(data[ENTRIES], "little"):
                     raise ValueError("its table of contents is damaged")
                 return {name: file[name] for name in file.files if names is None or name in names}
-        except (ValueError, EOFError, OSError, KeyError, BadZipFile, RuntimeError, zlib.error):
+        except (ValueError, EOFError, OSError, KeyError, BadZipFile, RuntimeError, TokenError, zlib.error):
             self.discard(key, data)
             return None
 
