@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backend.context import Context
 from backend.enqueue import progress
+from backend.errors import ImageFetchError, MaskError
 from backend.faults import concerns_all, noted
 from backend.features import Fit, extractor, finite, held, load_fit, write_pack
 from backend.head import Model, keep_pixels, lacks_pixels, load_model, test_before_learning
@@ -48,6 +49,9 @@ def measure(
 
     Returns:
         The records, with the error of a task whose image cannot be had.
+
+    Raises:
+        Exception: what is no single task's fault, as when the network fails at every image.
     """
     fit, index = load_fit(project), {record.id: record for record in records if record and not record.error}
     there = held(ctx, project, fit, index).places if fit else {}
@@ -61,6 +65,8 @@ def measure(
         try:
             rows += add_label(ctx, project, config, fit, model, index[task])
         except Exception as error:
+            if not isinstance(error, ImageFetchError | MaskError) and not sees(ctx, fit):
+                raise
             faulty[task] = noted(ctx.studio, project.id, index[task], error)
     if rows:
         project.store.write_json(project.key("prepared", number, f"curve-{shard}.json"), rows)

@@ -19,10 +19,12 @@ from team import GROUPS, SEG
 
 from backend.context import Context, connect
 from backend.errors import RoundOver, StoreError
-from backend.features import fit_features, held, load_fit
-from backend.head import pixels_key
+from backend.features import Fit, fit_features, held, load_fit
+from backend.head import lacks_pixels, learn
 from backend.label_config import ProjectConfig, parse, with_coarse
+from backend.masks import show_masks
 from backend.measure import measure
+from backend.model_in_force import HEAD_MASKS
 from backend.project import Index, Project, TaskRecord
 from backend.settings import Settings
 from model.features import Extractor, Maps
@@ -61,10 +63,15 @@ class Pool:
         found = measure(self.ctx, self.project, self.config, records, 1, 0)
         return {record.id: record.error for record in found if record and record.error}
 
+    def fitted(self) -> Fit:
+        """How features are scaled."""
+        fit = load_fit(self.project)
+        assert fit is not None
+        return fit
+
     def held(self) -> set[int]:
         """Tasks whose features are in the store."""
-        fit = load_fit(self.project)
-        return set(held(self.ctx, self.project, fit, self.index).places) if fit else set()
+        return set(held(self.ctx, self.project, self.fitted(), self.index).places)
 
 
 @pytest.fixture
@@ -133,10 +140,8 @@ def test_a_sample_with_a_picture_that_fails_is_that_of_the_others(
 ) -> None:
     fails(monkeypatch, fault)
     fit_features(pool.ctx, pool.project, pool.index)
-    fit = load_fit(pool.project)
-    assert fit is not None
-    assert fit.scaling.mean.isfinite().all()
-    assert fit.images == len(pool.index) - 1
+    assert pool.fitted().scaling.mean.isfinite().all()
+    assert pool.fitted().images == len(pool.index) - 1
     assert pool.measure(sorted(pool.index)).keys() == {RED}
 
 
@@ -174,20 +179,46 @@ def test_a_store_that_cannot_be_written_and_a_project_that_was_stopped_end_the_j
         pool.measure(sorted(pool.index))
 
 
+def labelled(pool: Pool, tasks: Sequence[int]) -> Pool:
+    """The pool whose first row of pixels is crop and all else soil, of these tasks."""
+    mask = np.zeros((96, 128), np.uint8)
+    mask[0] = 1
+    for task in tasks:
+        pool.project.save_labels(task, mask, pool.config)
+    full = {task: replace(pool.index[task], stage="full", version="v") for task in tasks}
+    return replace(pool, index={**pool.index, **full})
+
+
 def test_a_label_of_whose_pixels_the_network_makes_no_numbers_is_not_kept(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool.fit()
     assert not pool.measure(sorted(pool.index))
-    fit = load_fit(pool.project)
-    assert fit is not None
-    labelled = replace(pool, index={t: replace(pool.index[t], stage="full", version="v") for t in (RED, 4)})
-    for record in labelled.index.values():
-        mask = np.zeros((96, 128), np.uint8)
-        pool.project.save_labels(record.id, mask, pool.config)
+    there = labelled(pool, [RED, 4])
     fails(monkeypatch, no_numbers)
-    assert "not finite numbers" in labelled.measure([RED, 4])[RED]
-    kept = {
-        task for task, record in labelled.index.items() if pool.ctx.store.exists(pixels_key(pool.project, fit, record))
-    }
-    assert kept == {4}
+    assert "not finite numbers" in there.measure([RED, 4])[RED]
+    assert lacks_pixels(pool.project, pool.fitted(), there.index) == {RED}
+
+
+def test_a_network_that_fails_at_every_label_ends_the_job(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool.fit()
+    assert not pool.measure(sorted(pool.index))
+    fails(monkeypatch, crash, every=True)
+    with pytest.raises(RuntimeError, match="cannot be seen"):
+        labelled(pool, [1, 2]).measure([1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_picture_whose_mask_fails_costs_that_one(pool: Pool, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    pool.fit()
+    there = labelled(pool, [1, 2])
+    assert not there.measure(sorted(pool.index))
+    fit = pool.fitted()
+    model, _ = learn(
+        pool.ctx, pool.project, there.index, pool.config, held(pool.ctx, pool.project, fit, there.index), 1
+    )
+    fails(monkeypatch, fault)
+    assert show_masks(pool.ctx, pool.project, there.index, fit, model, [4, RED, 5])
+    shown = [task for task in there.index if pool.project.prediction(HEAD_MASKS, task, pool.config.classes.fine)]
+    assert shown == [4, 5]
