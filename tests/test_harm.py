@@ -24,6 +24,7 @@ from team import Team, wait_for
 
 from backend.embedded import Studio
 from backend.labelstudio import LabelStudio
+from backend.score import scored
 from backend.status import status
 
 log = logging.getLogger(__name__)
@@ -36,24 +37,28 @@ def team(
 ) -> Iterator[Team]:
     """A project with coarse and full labels, and a backend of its own."""
     with Backends(studio, redis_url, tmp_path_factory.mktemp("harm")) as backends:
-        backend = backends.start(FIRSTROW_COARSE_TASKS="1")
-        team = Team(backend, dict(list(pictures.items())[:5]))
-        team.attach()
-        before = team.coarse()
-        for _ in range(2):  # the second one is scored by the model that learnt the first: a learning curve
-            team.segment(team.ranking()[0])
-            before = team.wait(before)
-        yield team
+        yield labelled_team(backends.start(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:5]))
+
+
+def labelled_team(backend: Backend, pictures: Pictures) -> Team:
+    """A project with these pictures, of which a few are labelled."""
+    team = Team(backend, pictures)
+    team.attach()
+    before = team.coarse()
+    for _ in range(2):  # the second one is scored by the model that learnt the first: a learning curve
+        team.segment(team.ranking()[0])
+        before = team.wait(before)
+    return team
 
 
 def picture_of(team: Team) -> dict[str, Any]:
     """All that a round leaves, as far as it does not change from one round to the next."""
     project, store = team.project, team.project.store
-    trained = (store.read_json(project.key("model.json")) or {}).get("trained", {})
     return {
         "index": {r.id: (r.stage, r.size, r.error, r.coarse) for r in project.index().values()},
         "votes": project.decided(team.config).tolist(),
-        "trained": trained,
+        "trained": trained(team),
+        "scored": scored(team.backend.context, project, team.config, project.index()),
         "labels": {key: store.read_map(key) is not None for key in store.list(project.key("labels"))},
         "coarse": {key: store.read_map(key) is not None for key in store.list(project.key("coarse"))},
         "maps": {Path(key).name: store.read_map(key) is not None for key in store.list(project.key("clusters"))},
@@ -99,12 +104,12 @@ def harm(team: Team, kind: str, how: Callable[[bytes], bytes]) -> int:
     return len(keys)
 
 
-def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes]) -> None:
-    """Damage files, cause a round, and compare what is there then."""
+def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes], train: bool = True) -> None:
+    """Damage files, cause a round, and compare what is there then; with `train` a round that loads the network."""
     board = team.backend.context.board
     before, number = picture_of(team), team.backend.round(team.id)
     assert [kind for kind in kinds if not harm(team, kind, how)] == []
-    board.request_round(team.id, "test", train=True)  # loads the network, so that its checkpoint is looked at
+    board.request_round(team.id, "test", train=train)
     team.settle()
     after = picture_of(team)
     assert after == before, team.log()
@@ -247,7 +252,8 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
 
 def trained(team: Team) -> dict[str, str]:
     """The labels that the model in force has learnt from."""
-    return dict((team.project.store.read_json(team.project.key("model.json")) or {})["trained"])
+    name = "model.json" if team.backend.context.settings.learner == "instant" else "network.json"
+    return dict((team.project.store.read_json(team.project.key(name)) or {}).get("trained", {}))
 
 
 #: Steps of a round in which much has to be read.
@@ -259,6 +265,11 @@ LARGE_ROUND = ["fit_codebook", "prepare", "plan_round"]
     [("start_round", 0.0), ("start_round", 0.3), ("start_round", 0.6), *((s, 0.0) for s in LARGE_ROUND)],
 )
 def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str, delay: float) -> None:
+    killed(team, step, delay)
+
+
+def killed(team: Team, step: str, delay: float) -> None:
+    """Kill the worker in a step of a round that follows a label, and see that nothing is lost."""
     team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)
     task = next(iter(team.masks))
