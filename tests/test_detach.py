@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -522,6 +523,36 @@ def test_no_open_editor_loses_its_work_by_a_detach(
     ]
     parked = team.studio.projects(f"First Row: open prelabels of project {team.id}")
     assert len(parked) == 1
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["the store has our note", "nobody has it"])
+def test_a_project_of_open_prelabels_goes_with_a_detach_of_another_day(
+    team: Team, make_user: Callable[[str], LabelStudio], services_folder: Path, noted: bool
+) -> None:
+    detach, title = ["detach", "--project", str(team.id)], f"First Row: open prelabels of project {team.id}"
+    others = int(team.studio.create_project(f"{title}0", SEG.format(tag="BrushLabels"))["id"])
+    opened = make_user("anna").next_task(team.id)
+    assert opened is not None
+    assert run(team, *detach) == 0
+
+    def left() -> set[int]:
+        return {int(row["id"]) for row in team.studio.projects(title)}
+
+    [parked] = left() - {others}
+    [task] = team.studio.full_tasks(parked, [int(row["id"]) for row in team.studio.tasks(parked)])
+    assert shown_prediction(opened)["id"] in {row["id"] for row in task["predictions"]}  # type: ignore[index]
+    if not noted:
+        team.project.store.delete(team.project.key("config.json"))
+    assert run(team, *detach) == 0
+    assert left() == {parked, others}, "somebody may still have it open"
+    with sqlite3.connect(services_folder / "label-studio" / "label_studio.sqlite3", timeout=60) as database:
+        database.execute(
+            "UPDATE project SET created_at = datetime('now', '-25 hours') WHERE id IN (?, ?)", (parked, others)
+        )
+    database.close()
+    assert run(team, *detach) == 0
+    assert left() == {others}, "that is another project's"
+    team.studio.delete_project(others)
 
 
 def test_no_open_editor_loses_its_work_by_a_detach_that_keeps_coarse_labels(
