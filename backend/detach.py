@@ -11,7 +11,7 @@ from backend.coarse_answers import COARSE_COPY
 from backend.connection import FLAGS, OURS, keeper_address, our_tabs, our_webhooks
 from backend.connection import digest as config_digest
 from backend.detach_answers import Choice, give_the_rest, still_aside, undo_answers
-from backend.detach_predictions import undo_predictions
+from backend.detach_predictions import old_bins, undo_predictions
 from backend.errors import ConfigError, DetachUnfinished, LabelStudioError
 from backend.generations import QUEUE
 from backend.label_config import OURS as CLASS
@@ -97,10 +97,11 @@ def unfinished(here: Attached) -> str:
 
 
 def is_left(here: Attached) -> bool:
-    """Whether anything of us is in a project whose ML backend somebody has taken away, and the note of it is lost."""
+    """Whether anything of us is left where our ML backend is gone, and nobody has the note of what was before."""
     versions = here.studio.versions(here.id)
     orders = any(OURS.fullmatch(version) and version.startswith(QUEUE) for version in versions)
-    return bool(here.account or orders or COARSE_COPY in versions or our_tabs(here.studio, here.id, []))
+    there = here.account or orders or COARSE_COPY in versions or our_tabs(here.studio, here.id, [])
+    return bool(there or old_bins(here))
 
 
 def disconnect(here: Attached) -> list[str]:

@@ -7,6 +7,7 @@ FirstRowError
 |- ImageFetchError     one image cannot be had
 |  `- SlowHostError    its host does not answer in time
 |     `- NotAskedError its host was not asked, for it does not answer
+|- FeatureError        what the network computes of one image cannot be used
 |- MaskError           one region or mask cannot be read
 |- InUseError          somebody is at work on an annotation that we would change
 |- StoreError          the store cannot be read or written
@@ -57,6 +58,10 @@ class SlowHostError(ImageFetchError):
 
 class NotAskedError(SlowHostError):
     """A host that has not answered lately was left alone: this picture was not asked for."""
+
+
+class FeatureError(FirstRowError):
+    """What the network computes of the image of one task cannot be used."""
 
 
 class MaskError(FirstRowError):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.context import Context
+from backend.errors import FeatureError
 from backend.prepare import GROWTH, SAMPLE_IMAGES, sampled
 from backend.project import Index, Project, TaskRecord
 from backend.store import Store
@@ -108,7 +109,7 @@ class Pack:
     checksum: int
 
     def features(self, store: Store) -> Tensor | None:
-        """(N, P, D) standardised, in half precision; None where they are lost, damaged ones are deleted."""
+        """(N, P, D) standardised, finite, in half precision; None where they are lost, damaged ones are deleted."""
         data = store.read(self.key)
         whole = data is not None and len(data) == 2 * self.kinds.size * self.width
         if data is None or not whole or not self._is_whole(data):
@@ -126,7 +127,7 @@ class Pack:
         return None if data is None or len(data) != size else self._as_tensor(data, 1)[0]
 
     def _is_whole(self, data: bytes) -> bool:
-        if self.key not in WHOLE and zlib.crc32(data) == self.checksum:
+        if self.key not in WHOLE and zlib.crc32(data) == self.checksum and np.isfinite(np.frombuffer(data, "f2")).all():
             WHOLE.add(self.key)
         return self.key in WHOLE
 
@@ -199,9 +200,27 @@ def make_fit(
 
 
 def seen_of(sees: Extractor, image: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Features (P, R) of an image, not standardised, and its colours (P, 3)."""
+    """Features (P, R) of an image, not standardised, and its colours (P, 3).
+
+    Raises:
+        FeatureError: they are not finite.
+    """
     [features] = sees.sample([image], [pool_pixels(image)])
-    return features.half(), at_pool_pixels(image)
+    return finite(features.half()), at_pool_pixels(image)
+
+
+def finite(features: Tensor) -> Tensor:
+    """Features of one image, as they are.
+
+    Raises:
+        FeatureError: they are not finite: one such number would spoil whatever is made of many images.
+    """
+    if not features.isfinite().all():
+        raise FeatureError(
+            "what the network computes of this image are not finite numbers: save the image again as JPEG or PNG, or "
+            "choose another network (FIRSTROW_NETWORK)"
+        )
+    return features
 
 
 def write_pack(ctx: Context, project: Project, fit: Fit, records: Sequence[TaskRecord], features: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.context import Context
-from backend.features import Fit, Held, extractor
+from backend.features import Fit, Held, extractor, finite
 from backend.label_config import ProjectConfig
-from backend.learn import curve_row
+from backend.learn import curve_row, keep_model
 from backend.named_maps import renumbered
 from backend.project import Index, Project, TaskRecord, labelled, pool
 from model.classes import IGNORE, Classes
@@ -29,6 +30,7 @@ from model.heads import (
     choose_pixels,
     coarse_sums,
     names_foreground,
+    need_finite,
     no_sums,
     solve,
 )
@@ -50,12 +52,14 @@ class Model(NamedTuple):
         head: of the fine classes; from coarse answers alone until there is a full annotation.
         coarse: of background and foreground; None where no coarse answers name both.
         trained: by task, the version of the label that it has learnt.
+        fit: version of the features that its heads are of.
     """
 
     version: str
     head: Head | None
     coarse: Head | None
     trained: Mapping[str, str]
+    fit: str
 
     @property
     def learnt(self) -> Head | None:
@@ -101,11 +105,15 @@ def keep_pixels(
         record: of the task.
         maps: of its image.
         mask: (H, W) its annotation.
+
+    Raises:
+        FeatureError: what the network computes of them is not finite.
     """
     places, labels, weights = choose_pixels(mask, LABELLED, np.random.default_rng(record.id))
     if len(labels):
         with torch.inference_mode():
-            features = fit.scaling(maps.at(torch.from_numpy(places)[None].to(maps.images.device))[0].cpu()).half()
+            raw = maps.at(torch.from_numpy(places)[None].to(maps.images.device))[0].cpu()
+            features = finite(fit.scaling(raw).half())
     else:
         features = torch.zeros(0, fit.scaling.dimensions, dtype=torch.float16)
     arrays = {
@@ -118,9 +126,12 @@ def keep_pixels(
 
 
 def read_pixels(project: Project, key: str, classes: Sequence[str]) -> LabelledPixels | None:
-    """Kept pixels, those of these classes alone; None where they are gone."""
+    """Kept pixels, those of these classes alone; None where they are gone, or no numbers: then they are made anew."""
     arrays = project.store.read_arrays(key)
     if arrays is None:
+        return None
+    if not all(np.isfinite(arrays[name]).all() for name in ("features", "weights")):
+        project.store.discard(key, project.store.read(key))
         return None
     labels = renumbered(arrays["labels"], arrays["names"].tolist(), classes)
     known = labels != IGNORE
@@ -156,30 +167,59 @@ def learn(
         number: of the round, for the name of a new model.
 
     Returns:
-        The model in force, and whether it is new.
+        The model in force, and whether it is new. Where no head can be made of the labels, the former one stays, the
+        reason is left where `status` looks, and it is tried again.
     """
     before = load_model(project)
+    try:
+        return learn_labels(ctx, project, index, config, features, number, before)
+    except FloatingPointError as error:
+        for kept in (SUMMED, COARSE):
+            kept.pop((project.store.url, project.id), None)  # a number that is not finite would stay in them
+        keep_model(ctx, project, f"model-{number}", error)
+        ctx.board.retry_later(project.id)
+    fits = before and before.head and before.fit == features.fit.version and before.head.classes == config.classes.fine
+    return (before if before and fits else Model("", None, None, {}, features.fit.version)), False
+
+
+def learn_labels(
+    ctx: Context,
+    project: Project,
+    index: Index,
+    config: ProjectConfig,
+    features: Held,
+    number: int,
+    before: Model | None,
+) -> tuple[Model, bool]:
+    """As `learn`; `before` is the model in force.
+
+    Raises:
+        FloatingPointError: no head can be made of the labels; nothing is saved.
+    """
     coarse, said = coarse_head(project, index, config, features)
-    trained = {str(record.id): record.version for record in labelled(index)}
-    wanted = digest(features.fit, config.classes, trained, said)
-    if (project.store.read_json(project.key("model.json")) or {}).get("made_of") == wanted and before is not None:
+    names = partial(digest, features.fit, config.classes, said)
+    made_of = (project.store.read_json(project.key("model.json")) or {}).get("made_of") if before else None
+    if before and made_of == names({str(record.id): record.version for record in labelled(index)}):
         return before, False
-    head, known = None, dict[str, str]()
-    summed = sum_labels(project, features.fit, config.classes, labelled(index))
-    if summed.total.labelled.any():
-        known = {str(task): version for task, version in summed.versions.items()}
+    summed, head = sum_labels(project, features.fit, config.classes, labelled(index)), None
+    need_finite("sums of labelled pixels", summed.total.weight)
+    known = {str(task): v for task, v in summed.versions.items()} if summed.total.labelled.any() else {}
+    if before and made_of == names(known):  # without labels whose pixels are lost
+        return before, False
+    if known:
         head = fit_head(project, index, config.classes, features, summed, coarse)
     elif coarse is not None:
         head = head_from_coarse(coarse, config.classes)
     version = f"model-{number}" if known else f"coarse-{number}" if head else ""
-    model = Model(version, head, coarse, known)
+    model = Model(version, head, coarse, known, features.fit.version)
+    need_finite("a head", *(part for made in (head, coarse) if made for part in (made.weights, made.bias)))
     ctx.board.go_on(project.id)
     answers = sum(record.coarse and not record.error for record in index.values())
-    save_model(ctx, project, model, config.classes, wanted, answers)
+    save_model(ctx, project, model, config.classes, names(known), answers)
     return model, True
 
 
-def digest(fit: Fit, classes: Classes, trained: Mapping[str, str], said: str) -> str:
+def digest(fit: Fit, classes: Classes, said: str, trained: Mapping[str, str]) -> str:
     """Names all that a model is made of."""
     return hashlib.sha1(repr([fit.version, classes, sorted(trained.items()), said]).encode()).hexdigest()
 
@@ -286,6 +326,7 @@ def save_model(ctx: Context, project: Project, model: Model, classes: Classes, m
             arrays |= {f"{name}:weights": head.weights.numpy(), f"{name}:bias": head.bias.numpy()}
     project.store.write_arrays(project.key("head.npz"), arrays)
     info = {"version": model.version, "trained": model.trained, "classes": classes.fine, "made_of": made_of}
+    info["fit"] = model.fit
     info["note"] = " ".join(filter(None, (extractor(ctx.settings.network)[2], said_of_coarse(model, answers))))
     project.store.write_json(project.key("model.json"), info)
 
@@ -304,14 +345,22 @@ def load_model(project: Project) -> Model | None:
         weights, bias = (torch.from_numpy(arrays[f"{name}:{part}"]) for part in ("weights", "bias"))
         return Head(classes, weights, bias)
 
-    return Model(info["version"], head("head", classes), head("coarse", (BACKGROUND, FOREGROUND)), info["trained"])
+    fine, coarse = head("head", classes), head("coarse", (BACKGROUND, FOREGROUND))
+    if not all(made.finite for made in (fine, coarse) if made):
+        return None
+    return Model(info["version"], fine, coarse, info["trained"], info.get("fit", ""))
 
 
 def test_before_learning(
     model: Model, record: TaskRecord, maps: Maps, fit: Fit, mask: NDArray[np.uint8], classes: Classes
 ) -> dict[str, Any] | None:
-    """A row of the learning curve: how right the model was on a label that it has not seen; None where it has."""
+    """A row of the learning curve: how right the model was on a label that it has not seen; None where it has.
+
+    None, too, where the model is of other classes or other features.
+    """
     if model.head is None or str(record.id) in model.trained or model.head.classes != classes.fine:
+        return None
+    if model.fit != fit.version:
         return None
     seen, _ = predict(maps, fit.scaling, model.head)
     return curve_row(record.id, model.version, len(model.trained), seen, mask, classes)

@@ -20,9 +20,9 @@ from backend.secret import project_secret
 from backend.store import Store
 
 PREFIX = "FIRSTROW_"
-#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, for
-#: how many seconds they label, and how often they save.
-OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SOAK", "FIRSTROW_SAVES"}
+#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, and
+#: how often they save.
+OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SAVES"}
 #: Where the generated master secret lies in the store. Older versions kept one under "secret" and showed it to members
 #: of projects in their webhooks: it is not used any more.
 SECRET_KEY = "master-secret"  # noqa: S105  (its name)

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 PART, DEAD = ".part", 3600
 #: How a PNG ends; a decoder may give half of a picture for half of a file.
 PNG_END = b"IEND\xaeB`\x82"
+#: Where a ZIP file without a comment says how many files are in it; its reader does not compare.
+ENTRIES = slice(-12, -10)
 
 
 class Store:
@@ -154,8 +157,10 @@ class Store:
             return None
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                if not 0 < len(file.files) == int.from_bytes(data[ENTRIES], "little"):
+                    raise ValueError("its table of contents is damaged")
                 return {name: file[name] for name in file.files if names is None or name in names}
-        except (ValueError, EOFError, OSError, KeyError, BadZipFile, zlib.error):
+        except (ValueError, EOFError, OSError, KeyError, BadZipFile, RuntimeError, TokenError, zlib.error):
             self.discard(key, data)
             return None
 

@@ -174,7 +174,11 @@ def sum_up(features: Tensor, shares: Tensor, classes: Sequence[str], images: int
         shares: (P, C) weight with which each pixel belongs to each class.
         classes: names.
         images: how many annotations the pixels are of.
+
+    Raises:
+        FloatingPointError: a feature or a share is not finite; in sums it would be there for ever.
     """
+    need_finite("pixels", features, shares)
     second = torch.zeros(shares.shape[1], *[features.shape[1]] * 2)
     for number, share in enumerate(shares.T):
         inside = share > 0
@@ -184,6 +188,16 @@ def sum_up(features: Tensor, shares: Tensor, classes: Sequence[str], images: int
             torch.add(half, half.tril(-1).T, out=second[number])
     first = (shares.T @ features.float()).double()
     return Sums(tuple(classes), shares.double().sum(0), first, second, images)
+
+
+def need_finite(what: str, *numbers: Tensor) -> None:
+    """Refuse numbers that are not finite.
+
+    Raises:
+        FloatingPointError: one is not; the message begins with `what`.
+    """
+    if not all(part.isfinite().all() for part in numbers):
+        raise FloatingPointError(f"{what} with numbers that are not finite")
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,11 @@ class Head:
     classes: tuple[str, ...]
     weights: Tensor
     bias: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its numbers are."""
+        return bool(self.weights.isfinite().all() and self.bias.isfinite().all())
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., C) of standardised features (..., D)."""
@@ -226,11 +245,13 @@ def solve(sums: Sums, without: Sums | None = None) -> Head:
             precision then, which is enough to see what the head makes of that image.
 
     Raises:
+        FloatingPointError: the sums are not finite.
         ValueError: there is no labelled pixel.
     """
     weight, first, images = sums.weight, sums.first, sums.images
     if without is not None:
         weight, first, images = weight - without.weight, first - without.first, images - without.images
+    need_finite("sums of labelled pixels", weight, first)
     labelled = weight > NOTHING
     if not labelled.any():
         raise ValueError("a head needs at least one labelled pixel")
@@ -241,6 +262,7 @@ def solve(sums: Sums, without: Sums | None = None) -> Head:
     part = (without or sums).second.numpy()
     within = torch.from_numpy(combined(sums.second.numpy(), part, without is not None, scale))
     within.addmm_(means.T * -prior, means)
+    need_finite("sums of labelled pixels", within)
     system = ridged(within, images).to(torch.float64 if without is None else torch.float32)
     factor = torch.linalg.cholesky(system)
     slopes = torch.cholesky_solve(means.T.to(system.dtype), factor).T.double()
@@ -282,6 +304,7 @@ def fit(images: Sequence[LabelledPixels], sums: Sums, own: Sequence[Sums] | None
         own: the sums of each of the images, if they are at hand.
 
     Raises:
+        FloatingPointError: the sums are not finite.
         ValueError: there is no labelled pixel.
     """
     return solve(sums).tempered(temperature(images, sums, own))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.features import Dense, Maps, Scaling
-from model.heads import NEVER, Head
+from model.heads import NEVER, Head, need_finite
 from model.sharpen import Guide, guide_of, sharpen, strongest
 
 #: Pixels of the image per logit before sharpening; finer ones are slower and no better.
@@ -27,6 +27,9 @@ def predict(maps: Maps, scaling: Scaling, head: Head) -> tuple[NDArray[np.uint8]
 
     Returns:
         (H, W) most probable class, and (H, W) its probability, 255 = certain.
+
+    Raises:
+        FloatingPointError: what the network computes of the image is not finite.
     """
     with torch.inference_mode():
         dense = maps.dense(scaling, STRIDE)
@@ -57,7 +60,12 @@ def layer_of(head: Head, scaling: Scaling) -> Layer:
 
 
 def strongest_of(dense: Dense, guide: Guide, layer: Layer) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """(H, W) most probable class of every pixel, and (H, W) its probability, of an image that was made ready."""
+    """(H, W) most probable class of every pixel, and (H, W) its probability, of an image that was made ready.
+
+    Raises:
+        FloatingPointError: what the network computes of the image is not finite.
+    """
     with torch.inference_mode():
-        probabilities = dense.logits(layer.parts, layer.bias)[0].softmax(0).cpu().numpy()
-    return strongest(sharpen(probabilities, guide), layer.classes)
+        probabilities = dense.logits(layer.parts, layer.bias)[0].softmax(0).cpu()
+        need_finite("an image", probabilities)
+    return strongest(sharpen(probabilities.numpy(), guide), layer.classes)

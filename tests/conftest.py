@@ -33,6 +33,7 @@ FIRST = (
     "soak",
     "people",
     "harm",
+    "harm_deep",
     "regions",
     "loop",
     "detach",

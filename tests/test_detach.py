@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 import numpy as np
 import pytest
+import requests
 from conftest import Backend
 from numpy.typing import NDArray
-from team import GROUPS, SEG, Team, cannot_be_shown, saved
+from team import GROUPS, SEG, Team, cannot_be_shown, saved, wait_for
 from test_attach import STAYS
+from test_harm import Slow, serve
 from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read, set_aside_by_a_round
 
 from backend import cli
@@ -25,15 +29,16 @@ from backend.answers_file import CHUNK, OURS, saved_before, write_answers
 from backend.attached import PAGE, look
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest
-from backend.connection import keeper_account, keeper_address
+from backend.connection import SECRET_HEADER, keeper_account, keeper_address, recorded
 from backend.detach_answers import delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
-from backend.enqueue import DEFAULT
+from backend.enqueue import DEFAULT, STOPPED
 from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
 from backend.label_config import parse, with_coarse
 from backend.labelstudio import LabelStudio
 from backend.publish import reopen, set_aside
+from backend.server import look_around
 from backend.settings import Settings
 
 Pictures = dict[Path, NDArray[np.uint8]]
@@ -41,10 +46,10 @@ Share = Callable[..., Backend]
 Row = dict[str, Any]
 
 
-def run(team: Team, *arguments: str) -> int:
-    """The command, with the settings of this team's backend."""
+def run(team: Team, *arguments: str, **more: str) -> int:
+    """The command, with the settings of this team's backend, and more."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in team.backend.environment.items():
+        for name, value in {**team.backend.environment, **more}.items():
             patch.setenv(name, value)
         return main(arguments)
 
@@ -172,6 +177,121 @@ def test_only_what_is_as_it_was_given_goes_to_a_file(
         assert not delete_if_same(here, seen, seen)
     assert delete_if_same(here, seen, team.studio.annotation(number))
     assert number not in annotations(team)
+
+
+class Meddled(Slow):
+    """Label Studio in which something else happens right before a request."""
+
+    asked: ClassVar[list[str]] = []
+    happens: ClassVar[Callable[[str], object]]
+
+    def answer(self) -> None:
+        """Pass one request on."""
+        type(self).happens(f"{self.command} {self.path}")
+        super().answer()
+
+    do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815  (names of http.server)
+
+
+def test_what_is_changed_between_the_file_and_its_delete_stays(
+    studio: Studio,
+    team: Team,
+    make_user: Callable[[str], LabelStudio],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    anna, file = make_user("anna"), tmp_path / "c.json"
+    before = str(recorded(team.studio, team.id, team.backend.context.settings)["before"]["label_config"])
+    given = answers(team, anna, list(team.masks)[:6])
+    early, late, begun, held, held_early, same = given
+    aside(team, [held, held_early])
+    team.project.store.delete(team.project.coarse_answer_key(held["id"]))  # its copy alone tells whose it is
+
+    def half(*rows: Row) -> None:
+        for row in rows:
+            anna.patch_annotation(row["id"], **saved(row, result=row["result"][:1]))
+
+    changes: dict[str, Callable[[], object]] = {
+        "GET /api/tasks/?": lambda: half(early, held_early),
+        f"GET /api/tasks/{begun['task']}/drafts": lambda: anna.create_draft(begun["task"], begun["id"], [], 1.0),
+        **{f"GET /api/annotations/{row['id']}/": partial(half, row) for row in (late, held)},
+    }
+
+    def happens(request: str) -> None:
+        for key in [key for key in changes if file.exists() and request.startswith(key)]:
+            changes.pop(key)()
+
+    Meddled.happens = happens
+    detach = ["detach", "--project", str(team.id), "--coarse", "file", "--file", str(file)]
+    with serve(studio, Meddled) as url:
+        assert run(team, *detach, LABEL_STUDIO_URL=url) == 0
+    assert not changes
+    said, left = capsys.readouterr().out, annotations(team)
+    assert set(left) == {row["id"] for row in given} - {same["id"]}
+    for row in (early, late, begun, held, held_early):
+        words = f"Task {row['task']}: annotation {row['id']} was changed meanwhile and stays; detach once more."
+        assert words in said
+        assert left[row["id"]]["result"] == (row["result"] if row is begun else row["result"][:1])
+        assert (left[row["id"]]["was_cancelled"], left[row["id"]]["completed_by"]) == (False, row["completed_by"])
+    [draft] = team.studio.drafts(begun["task"])
+    anna.http.call("DELETE", f"/api/drafts/{draft['id']}/")
+    assert run(team, *detach) == 0
+    assert "changed meanwhile" not in capsys.readouterr().out
+    assert annotations(team) == {}
+    filed = {row["id"]: row["result"] for task in json.loads(file.read_text()) for row in task["annotations"]}
+    assert filed == {**{row["id"]: row["result"] for row in given}, **{n: row["result"] for n, row in left.items()}}
+    assert around(team)["label_config"] == before
+    assert (around(team)["backends"], around(team)["versions"], around(team)["keeper"]) == (0, {}, [])
+
+
+class Unwilling(Slow):
+    """Label Studio that deletes no tab."""
+
+    asked: ClassVar[list[str]] = []
+    refused = "DELETE /api/dm/views/"
+
+
+def test_a_project_stays_stopped_after_a_detach_that_ended_badly(
+    studio: Studio, share_backend: Share, pictures: Pictures, capsys: pytest.CaptureFixture[str]
+) -> None:
+    team = Team(share_backend(FIRSTROW_COARSE_TASKS="0"), pictures)
+    before, board = around(team), team.backend.context.board
+    team.attach()
+    project, settings = ["--project", str(team.id)], team.backend.context.settings
+    task, secret = team.ranking()[0], {SECRET_HEADER: settings.project_secret(team.id)}
+    event = {"action": "ANNOTATION_CREATED", "project": {"id": team.id}, "task": {"id": task}}
+
+    def ends_badly() -> None:
+        with serve(studio, Unwilling) as url:
+            assert run(team, "detach", *project, LABEL_STUDIO_URL=url) == 1
+        assert "502" in capsys.readouterr().err
+        assert board.stopped(team.id)
+
+    def number() -> object:
+        return team.project.store.read_json(team.project.key("number.json"))
+
+    ends_badly()
+    last = number()
+    team.segment(task)
+    assert requests.post(f"{settings.url}/webhook", json=event, headers=secret, timeout=30).ok
+    board.reconcile(team.id)
+    look_around(board)  # as a start of `serve` does
+    assert (board.busy(team.id), board.reconciling(team.id)) == (None, None)
+    late = board.queue("default").enqueue("backend.jobs.reconcile", team.id, job_id=f"reconcile-{team.id}-late")
+    wait_for(lambda: late.get_status() == "finished", 60, team.log)
+    assert board.redis.ttl(f"firstrow:{team.id}:stopped") == -1, "however long it takes"
+    assert (board.busy(team.id), number()) == (None, last), "nothing has begun"
+
+    assert run(team, "attach", *project) == 0
+    team.wait()
+    team.settle()
+    assert team.project.index()[task].stage == "full", "what happened meanwhile is found"
+    ends_badly()
+    assert run(team, "detach", *project) == 0
+    assert 0 < board.redis.ttl(f"firstrow:{team.id}:stopped") <= STOPPED
+    team.studio.delete_annotation(next(iter(annotations(team))))
+    after = around(team)
+    assert {name: after[name] for name in before if after[name] != before[name]} == {}
 
 
 def test_answers_come_back_without_copies_and_beside_what_label_studio_cannot_show(
@@ -404,6 +524,36 @@ def test_no_open_editor_loses_its_work_by_a_detach(
     ]
     parked = team.studio.projects(f"First Row: open prelabels of project {team.id}")
     assert len(parked) == 1
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["the store has our note", "nobody has it"])
+def test_a_project_of_open_prelabels_goes_with_a_detach_of_another_day(
+    team: Team, make_user: Callable[[str], LabelStudio], services_folder: Path, noted: bool
+) -> None:
+    detach, title = ["detach", "--project", str(team.id)], f"First Row: open prelabels of project {team.id}"
+    others = int(team.studio.create_project(f"{title}0", SEG.format(tag="BrushLabels"))["id"])
+    opened = make_user("anna").next_task(team.id)
+    assert opened is not None
+    assert run(team, *detach) == 0
+
+    def left() -> set[int]:
+        return {int(row["id"]) for row in team.studio.projects(title)}
+
+    [parked] = left() - {others}
+    [task] = team.studio.full_tasks(parked, [int(row["id"]) for row in team.studio.tasks(parked)])
+    assert shown_prediction(opened)["id"] in {row["id"] for row in task["predictions"]}  # type: ignore[index]
+    if not noted:
+        team.project.store.delete(team.project.key("config.json"))
+    assert run(team, *detach) == 0
+    assert left() == {parked, others}, "somebody may still have it open"
+    with sqlite3.connect(services_folder / "label-studio" / "label_studio.sqlite3", timeout=60) as database:
+        database.execute(
+            "UPDATE project SET created_at = datetime('now', '-25 hours') WHERE id IN (?, ?)", (parked, others)
+        )
+    database.close()
+    assert run(team, *detach) == 0
+    assert left() == {others}, "that is another project's"
+    team.studio.delete_project(others)
 
 
 def test_no_open_editor_loses_its_work_by_a_detach_that_keeps_coarse_labels(

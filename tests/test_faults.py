@@ -40,10 +40,29 @@ CONFIG = """<View><Image name="photo" value="$picture"/><BrushLabels name="seg" 
 <Label value="soil"/><Label value="crop"/><Label value="weed"/></BrushLabels></View>"""
 GROUPS = {"Soil": ["soil"], "Plant": ["crop", "weed"]}
 NOBODY = LabelStudio("http://127.0.0.1:1", "key")
-#: Makes the decoder of a worker really crash at files with this mark: Python reads it as it starts.
+#: Makes the decoder of a worker really crash at files with this mark, and its network fail at pictures that are red all
+#: over: Python reads it as it starts.
 MARK = b"this picture crashes decoders"
 CRASHING = f"""
 import sys
+if "backend.worker" in sys.orig_argv:
+    from importlib.machinery import PathFinder
+    class Finder(PathFinder):
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            spec = super().find_spec(name, path, target) if name == "model.features" else None
+            if spec:
+                run = spec.loader.exec_module
+                spec.loader.exec_module = lambda module: (run(module), fail_at_red(module))
+            return spec
+    def fail_at_red(module):
+        real = module.Extractor.maps
+        def maps(self, images):
+            if any((image[..., 0] > 200).all() and (image[..., 1:] < 60).all() for image in images):
+                raise RuntimeError("red is not seen")
+            return real(self, images)
+        module.Extractor.maps = maps
+    sys.meta_path.insert(0, Finder)
 if "backend.decoder" in sys.orig_argv:
     import ctypes
     from PIL import Image
@@ -129,14 +148,13 @@ class Bad:
     """Pictures that have something wrong with them, by name."""
 
     def __init__(self) -> None:
-        buffer = io.BytesIO()
         noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(buffer, "PNG")
-        self.good = buffer.getvalue()
+        self.good = png(noise)
         self.files = {
             "crash.png": self.good + MARK,
             "bomb.png": blank_png(13300, 13300),
             "page.jpg": b"<html>please log in</html>",
+            "red.png": png(np.full_like(noise, (250, 0, 0))),
             "cut.png": self.good[: len(self.good) // 2],
             "paper.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         }
@@ -145,6 +163,12 @@ class Bad:
             Image.fromarray(noise).save(buffer, "AVIF")
             head, mdat, body = buffer.getvalue().partition(b"mdat")
             self.files["inside.jpg"] = head + mdat + b"\xff" * 40 + body[40:]
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def worker_pids(backend: Backend) -> list[int]:
@@ -217,6 +241,7 @@ def test_bad_tasks_cost_only_themselves(
         "bomb.png": "13300 x 13300 pixels, too many to decode",
         **({"inside.jpg": "cannot be read"} if "inside.jpg" in bad.files else {}),
         "page.jpg": "a web page, perhaps a login",
+        "red.png": "cannot be used (RuntimeError: red is not seen): the worker's log says more",
         "cut.png": "save it again as JPEG or PNG",
         "paper.jpg": "it is EPS",
         "served with 500": "answers 500 when asked for this file",
@@ -241,15 +266,16 @@ def test_bad_tasks_cost_only_themselves(
     mended = next(task for task, name in faulty.items() if name == "empty")
     value = studio.task(good[0], number)["data"]["picture"]
     studio.http.call("PATCH", f"/api/tasks/{mended}/", body={"data": {"picture": value}})
-    crash = next(task for task, name in faulty.items() if name == "crash.png")
-    index[crash] = replace(index[crash], next_try=time.time() - 1)
+    crash, red = (next(t for t, n in faulty.items() if n == name) for name in ("crash.png", "red.png"))
+    index |= {task: replace(index[task], next_try=time.time() - 1) for task in (crash, red)}
     project.save_index(index)
     ctx.board.reconcile(number)
     order = backend.wait(number, order)
     index = project.index()
     assert index[mended].error == ""
-    assert index[crash].tries == 2
-    assert index[crash].next_try - time.time() > 60
+    for task in (crash, red):
+        assert index[task].tries == 2
+        assert index[task].next_try - time.time() > 60
     assert {task for task, record in index.items() if record.error} == set(faulty) - {mended}
     assert worker_pids(backend) == workers
 

@@ -20,11 +20,14 @@ import pytest
 import requests
 from conftest import Backend, Backends
 from numpy.typing import NDArray
-from team import Team, wait_for
+from team import SEG, Team, wait_for
 
-from backend.embedded import Studio
+from backend.embedded import Studio, backend_settings
 from backend.labelstudio import LabelStudio
+from backend.score import scored
+from backend.settings import Settings
 from backend.status import status
+from backend.watch import LATE, LATEST, SOON, Watch
 
 log = logging.getLogger(__name__)
 Pictures = dict[Path, NDArray[np.uint8]]
@@ -36,24 +39,28 @@ def team(
 ) -> Iterator[Team]:
     """A project with coarse and full labels, and a backend of its own."""
     with Backends(studio, redis_url, tmp_path_factory.mktemp("harm")) as backends:
-        backend = backends.start(FIRSTROW_COARSE_TASKS="1")
-        team = Team(backend, dict(list(pictures.items())[:5]))
-        team.attach()
-        before = team.coarse()
-        for _ in range(2):  # the second one is scored by the model that learnt the first: a learning curve
-            team.segment(team.ranking()[0])
-            before = team.wait(before)
-        yield team
+        yield labelled_team(backends.start(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:5]))
+
+
+def labelled_team(backend: Backend, pictures: Pictures) -> Team:
+    """A project with these pictures, of which a few are labelled."""
+    team = Team(backend, pictures)
+    team.attach()
+    before = team.coarse()
+    for _ in range(2):  # the second one is scored by the model that learnt the first: a learning curve
+        team.segment(team.ranking()[0])
+        before = team.wait(before)
+    return team
 
 
 def picture_of(team: Team) -> dict[str, Any]:
     """All that a round leaves, as far as it does not change from one round to the next."""
     project, store = team.project, team.project.store
-    trained = (store.read_json(project.key("model.json")) or {}).get("trained", {})
     return {
         "index": {r.id: (r.stage, r.size, r.error, r.coarse) for r in project.index().values()},
         "votes": project.decided(team.config).tolist(),
-        "trained": trained,
+        "trained": trained(team),
+        "scored": scored(team.backend.context, project, team.config, project.index()),
         "labels": {key: store.read_map(key) is not None for key in store.list(project.key("labels"))},
         "coarse": {key: store.read_map(key) is not None for key in store.list(project.key("coarse"))},
         "maps": {Path(key).name: store.read_map(key) is not None for key in store.list(project.key("clusters"))},
@@ -99,12 +106,12 @@ def harm(team: Team, kind: str, how: Callable[[bytes], bytes]) -> int:
     return len(keys)
 
 
-def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes]) -> None:
-    """Damage files, cause a round, and compare what is there then."""
+def recovered(team: Team, kinds: list[str], how: Callable[[bytes], bytes], train: bool = True) -> None:
+    """Damage files, cause a round, and compare what is there then; with `train` a round that loads the network."""
     board = team.backend.context.board
     before, number = picture_of(team), team.backend.round(team.id)
     assert [kind for kind in kinds if not harm(team, kind, how)] == []
-    board.request_round(team.id, "test", train=True)  # loads the network, so that its checkpoint is looked at
+    board.request_round(team.id, "test", train=train)
     team.settle()
     after = picture_of(team)
     assert after == before, team.log()
@@ -247,7 +254,8 @@ def test_redis_that_loses_everything_in_mid_round_costs_seconds(team: Team) -> N
 
 def trained(team: Team) -> dict[str, str]:
     """The labels that the model in force has learnt from."""
-    return dict((team.project.store.read_json(team.project.key("model.json")) or {})["trained"])
+    name = "model.json" if team.backend.context.settings.learner == "instant" else "network.json"
+    return dict((team.project.store.read_json(team.project.key(name)) or {}).get("trained", {}))
 
 
 #: Steps of a round in which much has to be read.
@@ -259,6 +267,11 @@ LARGE_ROUND = ["fit_codebook", "prepare", "plan_round"]
     [("start_round", 0.0), ("start_round", 0.3), ("start_round", 0.6), *((s, 0.0) for s in LARGE_ROUND)],
 )
 def test_a_worker_killed_in_a_step_costs_only_that_step(team: Team, step: str, delay: float) -> None:
+    killed(team, step, delay)
+
+
+def killed(team: Team, step: str, delay: float) -> None:
+    """Kill the worker in a step of a round that follows a label, and see that nothing is lost."""
     team.settle()
     board, before = team.backend.context.board, team.backend.round(team.id)
     task = next(iter(team.masks))
@@ -356,23 +369,38 @@ class Slow(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Late(Slow):
+    """One that is always slow."""
+
+    delay = 0.3
+    asked: ClassVar[list[str]] = []
+
+
+@contextmanager
+def serve(studio: Studio, kind: type[Slow]) -> Iterator[str]:
+    """Have Label Studio be such a slow one; its address."""
+    kind.target = studio.url
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def slow(
     studio: Studio, redis_url: str, tmp_path_factory: pytest.TempPathFactory, pictures: Pictures
 ) -> Iterator[Team]:
     """A project whose backend finds Label Studio as slow, and as unwilling, as `Slow` says; we ourselves do not."""
-    Slow.target = studio.url
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with Backends(studio, redis_url, tmp_path_factory.mktemp("slow")) as backends:
-        url = f"http://127.0.0.1:{server.server_port}"
+    with (
+        serve(studio, Slow) as url,
+        Backends(studio, redis_url, tmp_path_factory.mktemp("slow")) as backends,
+    ):
         backend = backends.start(FIRSTROW_COARSE_TASKS="0", LABEL_STUDIO_URL=url)
         backend.context = replace(backend.context, studio=LabelStudio(studio.url, studio.token))
-        team = Team(backend, dict(list(pictures.items())[:6]))
+        team = Team(backend, dict(list(pictures.items())[:7]))
         team.attach()
         yield team
-    server.shutdown()
-    server.server_close()
 
 
 def test_orders_come_though_every_answer_takes_two_seconds(slow: Team) -> None:
@@ -425,6 +453,36 @@ def test_what_is_stopped_changes_nothing_more(slow: Team, monkeypatch: pytest.Mo
         slow.settle()
 
 
+def test_looks_at_the_counters_take_a_twentieth_of_label_studios_time(
+    studio: Studio, label_studio: LabelStudio, database_url: str, tmp_path: Path
+) -> None:
+    project = int(label_studio.create_project("counted", SEG.format(tag="BrushLabels"))["id"])
+    given = {**backend_settings(tmp_path, database_url, studio), "FIRSTROW_SECRET": "this test"}
+
+    def look(url: str) -> tuple[float, float]:
+        """Look once, now: the pause until the next look, and the seconds that looking took."""
+        watch = Watch(Settings.read({**given, "LABEL_STUDIO_URL": url}), lambda: None)
+        watch.board.register(project)
+        watch.board.redis.delete("firstrow:count", f"firstrow:{project}:counting", f"firstrow:{project}:busy")
+        began = time.monotonic()
+        watch.look_at_counters()
+        took = time.monotonic() - began
+        return float(watch.board.redis.get(f"firstrow:{project}:pause") or 0), took
+
+    with serve(studio, Late) as late:
+        pause, took = look(late)
+        asked = len(Late.asked)
+        assert 20 * Late.delay * asked <= pause <= 20 * took
+    before, _ = look(studio.url)  # once more, for no round has read the label config
+    pause, took = look(studio.url)
+    assert min(1.25 * before, LATE) <= pause <= max(1.25 * before, 20 * took), "nothing has moved"
+    label_studio.import_tasks(project, [{"picture": "/a"}])
+    pause, took = look(studio.url)
+    assert SOON <= pause <= max(SOON, 20 * took), "something has"
+    assert look("http://127.0.0.1:9")[0] == LATEST, "nobody answers"
+    label_studio.delete_project(project)
+
+
 def test_a_round_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(slow: Team) -> None:
     slow.settle(240)
     board, before = slow.backend.context.board, slow.project.state()
@@ -458,6 +516,26 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
         wait_for(lambda: slow.project.index()[task].stage == "full", soon(), slow.log)
         slow.backend.wait(slow.id, before, 60)
         slow.settle()
+
+
+def test_a_worker_killed_in_a_reconcile_costs_only_that(slow: Team) -> None:
+    slow.settle(240)
+    board, task = slow.backend.context.board, slow.ranking()[-1]
+    board.redis.set(f"firstrow:{slow.id}:counting", "this test", ex=600)  # the counters tell nothing
+    (child,) = worker_children(slow.backend)
+    with unheard(slow):
+        slow.segment(task)
+        Slow.delay = 1.0
+        board.reconcile(slow.id)
+        wait_for(lambda: any(job.startswith("reconcile-") for job in board.running(slow.id)), 60, slow.log)
+        child.kill()
+        child.wait()
+        Slow.delay = 0.0
+        assert slow.project.index()[task].stage != "full", "it was not found before"
+        wait_for(lambda: slow.project.index()[task].stage == "full", 60, slow.log)
+    board.redis.delete(f"firstrow:{slow.id}:counting")
+    slow.settle()
+    assert board.error(slow.id) is None
 
 
 def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from team import GROUPS, SEG
 from backend import features, head
 from backend.context import Context, connect
 from backend.features import Fit, Held, extractor, held, join_packs, make_fit, write_pack
-from backend.head import Model, keep_pixels, learn
+from backend.head import Model, keep_pixels, lacks_pixels, learn, load_model, pixels_key
 from backend.label_config import ProjectConfig, parse, with_coarse
 from backend.project import Index, Project, TaskRecord
 from backend.settings import Settings
 from model.features import spread_pixels
 from model.field import render
+from model.heads import no_sums
 from model.pixel_pool import PIXELS
 
 #: Most bytes that an image may take in the store.
@@ -135,6 +137,89 @@ def test_features_of_another_picture_or_of_damaged_files_are_not_held(field: Fie
     field.project.store.write(key, data[:-2] + b"xx")
     assert list(field.held(field.index).parts(field.project.store, sorted(field.index))) == []
     assert not field.held(field.index).places, "they are computed anew"
+
+
+def test_rows_that_are_no_numbers_are_not_held(field: Field) -> None:
+    store = field.project.store
+    about, key = store.list(field.project.key("features"))[::-1]
+    data = np.frombuffer(store.read(key) or b"", np.float16).copy()
+    data[7] = np.inf
+    store.write(key, data.tobytes())
+    arrays = store.read_arrays(about) or {}
+    arrays["numbers"][1] = zlib.crc32(data.tobytes())
+    store.write_arrays(about, arrays)
+    features.WHOLE.clear()
+    features.remembered.cache_clear()
+    assert list(field.held(field.index).parts(store, sorted(field.index))) == []
+    assert not field.held(field.index).places, "they are computed anew, and what is wrong is noted there"
+
+
+def test_pixels_that_are_no_numbers_teach_nothing_and_are_made_anew(field: Field) -> None:
+    index = field.labelled({1: "first", 2: "first"})
+    key = pixels_key(field.project, field.fit, index[2])
+    arrays = field.project.store.read_arrays(key) or {}
+    arrays["features"][3, 5] = np.nan
+    field.project.store.write_arrays(key, arrays)
+    model = field.learn(index)
+    assert model.trained == {"1": "first"}
+    assert_finite(model)
+    assert lacks_pixels(field.project, field.fit, index) == {2}
+    assert field.learn(field.labelled({1: "first", 2: "first"}), 2).trained == {"1": "first", "2": "first"}
+
+
+@pytest.mark.parametrize("part", ["weight", "first", "second"])
+def test_a_head_that_is_not_finite_is_not_used_and_the_former_stays(field: Field, part: str) -> None:
+    before = field.learn(field.labelled({1: "first", 2: "first"}))
+    saved = {name: field.project.store.read(field.project.key(name)) for name in ("model.json", "head.npz")}
+    place = (field.project.store.url, field.project.id)
+    getattr(head.SUMMED[place].total, part)[1] = torch.nan
+    index = field.labelled({1: "first", 2: "first", 3: "first"})
+    model, new = learn(field.ctx, field.project, index, field.config, field.held(index), 2)
+    assert not new
+    assert (model.version, model.trained) == ("model-1", before.trained)
+    assert_finite(model)
+    assert {name: field.project.store.read(field.project.key(name)) for name in saved} == saved
+    board = field.ctx.board
+    said = (board.error(field.project.id) or {})["message"]
+    assert said.startswith("model-2 is not used, the model in force stays: ")
+    assert "finite" in said
+    assert board.redis.exists(f"firstrow:{field.project.id}:retry"), "it is tried again by itself"
+    assert field.learn(index, 3).trained.keys() == {"1", "2", "3"}, "and then from sums that are made anew"
+
+
+def test_a_former_head_of_other_classes_or_other_features_is_no_model(field: Field) -> None:
+    field.learn(field.labelled({1: "first"}))
+    place = (field.project.store.url, field.project.id)
+    index = field.labelled({1: "first", 2: "first"})
+    for fit in (field.fit, replace(field.fit, version="another")):
+        spoilt = replace(no_sums(field.config.classes.fine, 472), weight=torch.full((3,), torch.nan))
+        head.SUMMED[place] = head.Summed(fit.version, {2: "first"}, spoilt)
+        there = replace(field.held(index), fit=fit)
+        if fit is not field.fit:
+            for task in (1, 2):
+                data = field.project.store.read(pixels_key(field.project, field.fit, index[task])) or b""
+                field.project.store.write(pixels_key(field.project, fit, index[task]), data)
+        left = {t: r for t, r in index.items() if t != 1} | {1: replace(index[1], stage="new")}
+        model, _ = learn(field.ctx, field.project, left, field.config, there, 2)
+        assert bool(model.version) == (fit is field.fit)
+
+
+def test_a_stored_head_that_is_not_finite_is_made_anew(field: Field) -> None:
+    index = field.labelled({1: "first"})
+    field.learn(index)
+    arrays = field.project.store.read_arrays(field.project.key("head.npz")) or {}
+    arrays["head:weights"][0, 0] = np.nan
+    field.project.store.write_arrays(field.project.key("head.npz"), arrays)
+    assert load_model(field.project) is None
+    model = field.learn(index, 2)
+    assert model.version == "model-2"
+    assert_finite(model)
+
+
+def assert_finite(model: Model) -> None:
+    assert model.head is not None
+    assert model.head.weights.isfinite().all()
+    assert model.head.bias.isfinite().all()
 
 
 def test_small_packs_are_joined_and_nothing_is_lost(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:

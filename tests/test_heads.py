@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,23 @@ def test_adding_replacing_and_removing_an_annotation_is_exact() -> None:
     changed = labelled(77, (0, 2))
     replaced = sums - images[4].sums(NAMES) + changed.sums(NAMES)
     assert_same(replaced, total([*images[:4], changed, images[5]]))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_sums_refuse_what_is_no_number_and_no_head_is_made_of_it(number: float) -> None:
+    image = labelled(0)
+    features, weights = image.features.clone(), image.weights.copy()
+    features[7, 3] = weights[9] = number
+    for spoilt in (replace(image, features=features), replace(image, weights=weights)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            spoilt.sums(NAMES)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        coarse_sums(features, image.labels, 2)
+    for part in ("weight", "first", "second"):
+        sums = total([labelled(1), labelled(2)])
+        getattr(sums, part).view(-1)[-1] = number
+        with pytest.raises(FloatingPointError):
+            fit([labelled(1), labelled(2)], sums)
 
 
 def test_order_of_annotations_and_who_adds_them_mean_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -187,7 +188,7 @@ def test_nobody_there() -> None:
 
 
 class Shaky(BaseHTTPRequestHandler):
-    """Answers with the statuses it is told to, one after the other, and 200 from then on."""
+    """Answers with the statuses it is told to, one after the other, and 200 from then on; with none at 0."""
 
     statuses: ClassVar[list[int]] = []
     asked: ClassVar[list[str]] = []
@@ -196,7 +197,11 @@ class Shaky(BaseHTTPRequestHandler):
         """Answer any request."""
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.asked.append(self.command)
-        self.send_response(self.statuses.pop(0) if self.statuses else 200)
+        status = self.statuses.pop(0) if self.statuses else 200
+        if not status:
+            self.close_connection = True
+            return
+        self.send_response(status)
         self.send_header("Retry-After", "0")
         said = b'{"access": "a"}' if "token" in self.path else b"{}"
         self.send_header("Content-Length", str(len(said)))
@@ -254,6 +259,45 @@ def test_whether_something_may_still_be_changed_is_asked_before_each_try(shaky: 
     assert Shaky.asked == [method]
     shaky.call(method, "/x", body={})
     assert len(asked) == 2, "nobody else is asked"
+
+
+def test_a_lost_answer_is_asked_for_again_unless_something_new_was_made(shaky: Transport, method: str) -> None:
+    Shaky.statuses[:] = [0]
+    if method == "POST":
+        with pytest.raises(LabelStudioError, match="does not answer"):
+            shaky.call(method, "/x", body={})
+    else:
+        assert shaky.call(method, "/x", body={}) == {}
+    assert Shaky.asked == [method] * (1 if method == "POST" else 2)
+
+
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE", "POST"])
+def test_what_met_nobody_is_sent_again(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    servers: list[ThreadingHTTPServer] = []
+
+    class Refused(logging.Handler):
+        """Starts Label Studio as soon as a request has met nobody."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            """One try has failed."""
+            servers.append(ThreadingHTTPServer(address, Shaky))
+            threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+
+    tries, handler = logging.getLogger("urllib3.connectionpool"), Refused(logging.WARNING)
+    caplog.set_level(logging.WARNING, tries.name)
+    Shaky.statuses.clear()
+    Shaky.asked.clear()
+    tries.addHandler(handler)
+    try:
+        assert Transport(f"http://127.0.0.1:{address[1]}", "key").call(method, "/x", body={}) == {}
+    finally:
+        tries.removeHandler(handler)
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+    assert (Shaky.asked, len(servers)) == ([method], 1)
 
 
 def test_a_fault_that_stays_is_told(shaky: Transport) -> None:

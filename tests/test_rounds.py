@@ -12,6 +12,7 @@ from backend import enqueue
 from backend.enqueue import PAUSES, STOPPED, Board
 from backend.errors import RoundOver
 from backend.server import look_around
+from backend.watch import LATE, SOON
 
 
 @pytest.fixture
@@ -187,6 +188,29 @@ def test_a_round_is_tried_again_once_whatever_of_it_failed(board: Board) -> None
     for _ in range(3):
         board.retry_later(7)
     assert board.redis.get("firstrow:7:tries") == b"1"
+
+
+def test_looks_at_counters_come_later_each_time_while_nothing_moves(board: Board) -> None:
+    pauses = [3, 3.75, 4.6875, 5.859375, 7.32421875, 8, 8]
+
+    def seconds() -> float:
+        """How long nobody looks now; it begins to run as it is written."""
+        assert not board.time_to_count(7), "it is not time yet"
+        pause = float(board.redis.get("firstrow:7:pause") or 0)
+        assert 0 <= pause - board.redis.pttl("firstrow:7:counting") / 1000 < 2
+        return pause
+
+    for _ in range(2):
+        for number, pause in enumerate(pauses):
+            board.count_later(7, SOON, LATE, moved=number == 0)
+            assert seconds() == pause
+    board.count_later(7, 12, 12, moved=False)  # Label Studio was slow
+    assert seconds() == 12
+    board.count_later(7, SOON, LATE, moved=False)
+    assert seconds() == LATE
+    board.redis.delete("firstrow:7:counting")
+    assert board.time_to_count(7)
+    assert not board.time_to_count(7), "one looks at a time"
 
 
 def test_a_start_of_serve_has_every_project_compared(board: Board, database_url: str) -> None:

@@ -127,6 +127,10 @@ def test_a_typing_error_is_found() -> None:
 def test_other_variables_are_none_of_our_business() -> None:
     environ = {**KEY, "PATH": "/bin", "REDIS_HOST": "x", "FIRSTROW_DATA": "/data", "FIRSTROW_STUDIO": "/studio"}
     assert Settings.read(environ) == Settings.read(KEY)
+    root = Path(__file__).parents[1]
+    code = "".join(path.read_text() for folder in ("backend", "tests") for path in (root / folder).glob("*.py"))
+    unread = [name for name in module.OTHERS if f'environ.get("{name}"' not in code]
+    assert not unread, "a name that nobody reads hides a typing error"
 
 
 def test_nothing_is_read_but_what_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:

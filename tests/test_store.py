@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -169,6 +170,21 @@ def test_arrays_never_run_code(store: Store) -> None:
     store.write_arrays("x.npz", {"x": buffer})
     assert store.read_arrays("x.npz") is None
     assert store.damaged == ["x.npz"]
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_arrays_with_any_bytes_damaged_are_whole_or_gone(value: int) -> None:
+    store, arrays = Store(f"memory://{uuid4().hex}"), {"a": np.arange(9), "b": np.array(["soil", "crop"])}
+    store.write_arrays("x.npz", arrays)
+    data = store.read("x.npz") or b""
+    for place, length in product(range(len(data)), (1, 30)):
+        store.write("x.npz", data[:place] + bytes([value] * length) + data[place + length :])
+        found = store.read_arrays("x.npz")
+        if found is None:
+            assert store.read("x.npz") is None
+        else:
+            assert found.keys() == arrays.keys(), place
+            assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
 
 
 def test_map(store: Store) -> None:
