@@ -31,7 +31,14 @@ log = logging.getLogger(__name__)
 
 #: Seconds a job may run, by the function's name. A model is trained and scored on whatever machine there is,
 #: so these are generous; a worker that dies is noticed by its missing heartbeat, not by the timeout.
-TIMEOUTS = {"train": 6 * 3600, "score": 2 * 3600, "prepare": 2 * 3600, "fit_codebook": 3600, "clean": 2 * 3600}
+TIMEOUTS = {
+    "train": 6 * 3600,
+    "deepen": 6 * 3600,
+    "score": 2 * 3600,
+    "prepare": 2 * 3600,
+    "fit_codebook": 3600,
+    "clean": 2 * 3600,
+}
 TIMEOUT = 900
 CURVE_TIMEOUT = 7 * 24 * 3600
 #: Seconds that a finished job stays to be looked at, and a failed one; of those at most so many per queue.
@@ -43,7 +50,7 @@ OURS = 3600
 #: Seconds that an update by a person is kept which came while we were changing the same annotation.
 KEEP_UPDATE = 24 * 3600
 GPU, DEFAULT = "gpu", "default"
-QUEUE_OF = dict.fromkeys(("fit_codebook", "prepare", "train", "score"), GPU)
+QUEUE_OF = dict.fromkeys(("fit_codebook", "prepare", "train", "score", "deepen"), GPU)
 #: Steps after whose failure nothing of the round is left to run.
 ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 #: Steps of a round behind its first; their first argument after the project is the round's number.
@@ -105,6 +112,9 @@ class Board:
     Args:
         redis_url: address of the Redis server, for example `redis://127.0.0.1:6379/0`.
     """
+
+    #: Queues that this process works on, if it is a worker.
+    serves: tuple[str, ...] = (GPU, DEFAULT)
 
     def __init__(self, redis_url: str) -> None:
         self.redis: Redis = Redis.from_url(redis_url, socket_connect_timeout=2, health_check_interval=30)
@@ -436,8 +446,8 @@ class Board:
                 self.redis.zrem(registry.key, name)
 
     def waiting(self) -> bool:
-        """Whether a job waits for a worker."""
-        return any(self.redis.llen(self.queue(name).key) for name in (GPU, DEFAULT))
+        """Whether a job waits for this process, if it is a worker, or else for any."""
+        return any(self.redis.llen(self.queue(name).key) for name in self.serves)
 
     def interleave(self, queue: str) -> None:
         """Have projects take turns in a queue: a small round does not wait for the shards of a large one."""
@@ -517,6 +527,21 @@ class Board:
             meta={"project": project, "step": "reconcile"},
             description=f"reconcile project {project}",
         )
+
+    def want_deepening(self, project: int) -> None:
+        """Have the second gear do something for the project as soon as no other job waits."""
+        self.redis.set(_key(project, "deepening"), 1)
+
+    def deepen(self, project: int) -> None:
+        """Queue what the second gear was asked for, if no other job waits; one job of a project at a time."""
+        wanted = _key(project, "deepening")
+        if GPU not in self.serves or not self.redis.exists(wanted) or self.waiting() or self.stopped(project):
+            return
+        there = self.job(f"deepen-{project}-1")
+        if there is not None and there.get_status(refresh=False) in LIVE:
+            return
+        if self.redis.delete(wanted):
+            self.enqueue("deepen", project, job_id=f"deepen-{project}-1")
 
     def forgot(self) -> bool:
         """True for one caller after Redis has lost its memory."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
+from backend import second_gear
 from backend.attach import check
 from backend.connection import HIGHEST, need_backend
 from backend.context import Context, context
@@ -38,7 +39,6 @@ from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.masks import show_masks
 from backend.measure import measure, test_then_train
-from backend.model_in_force import HEAD_MASKS
 from backend.order import ordered
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
@@ -287,6 +287,14 @@ def serve(
         project.store.write_json(project.key("laps.json"), laps.taken)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
+        if ctx.settings.learner == "instant" and second_gear.is_wanted(ctx, project, index, config):
+            ctx.board.want_deepening(project.id)
+
+
+@step
+def deepen(ctx: Context, project: Project) -> None:
+    """Train the network in the background, and have it see the pool."""
+    second_gear.deepen(ctx, project)
 
 
 @step
@@ -405,8 +413,11 @@ def clean_store(ctx: Context, project: Project) -> None:
 
 def drop_maps(project: Project) -> None:
     """Delete the masks and cluster maps of tasks that are gone."""
-    folders = ("labels", "coarse", "clusters", f"predictions/{HEAD_MASKS}")
-    found = [key for folder in folders for key in project.store.list(project.key(folder))]
+    found = [
+        key
+        for folder in ("labels", "coarse", "clusters", "predictions")
+        for key in project.store.list(project.key(folder))
+    ]
     index = project.index()  # read after the listing: a round beside us may be adding both
     for key in found if index else ():
         task = key.rpartition("/")[2].removesuffix(".png")

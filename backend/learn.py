@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import JobError, StartAnew
 from backend.faults import concerns_all
+from backend.gears import knows, model_info
 from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool
@@ -59,21 +60,11 @@ class StoredSample:
         return image, self.target
 
 
-def model_info(project: Project) -> dict[str, Any]:
-    """The network in force: version, trained (task -> label version), classes, note; empty before the first."""
-    return dict(project.store.read_json(project.key("network.json")) or {})
-
-
 def untrained_labels(project: Project, index: Index, classes: Classes) -> list[TaskRecord]:
     """Full annotations that the model in force has not learnt from, as they now are; all for other classes."""
     info = model_info(project)
     trained = info.get("trained", {}) if knows(info, classes) else {}
     return [record for record in labelled(index) if trained.get(str(record.id)) != record.version]
-
-
-def knows(info: Mapping[str, Any], classes: Classes) -> bool:
-    """Whether a model was trained for just these classes, in whatever order."""
-    return sorted(info.get("classes", ())) == sorted(classes.fine)
 
 
 def network_key(ctx: Context, project: Project, classes: Classes) -> str:

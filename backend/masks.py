@@ -13,8 +13,7 @@ from backend.context import Context
 from backend.faults import concerns_all
 from backend.features import Fit, extractor, image_digest
 from backend.head import Model
-from backend.model_in_force import HEAD_MASKS
-from backend.project import Index, Project
+from backend.project import HEAD_MASKS, Index, Project
 from model.features import Maps
 from model.masks import predict
 

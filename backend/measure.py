@@ -16,11 +16,14 @@ from backend.enqueue import progress
 from backend.errors import ImageFetchError, MaskError
 from backend.faults import concerns_all, noted
 from backend.features import Fit, extractor, finite, held, load_fit, write_pack
+from backend.gears import compare
 from backend.head import Model, keep_pixels, lacks_pixels, load_model, test_before_learning
 from backend.label_config import ProjectConfig
+from backend.learn import curve_row
 from backend.masks import maps_of
 from backend.prepare import check_shape
 from backend.project import Project, TaskRecord
+from backend.second_gear import unseen_mask
 from model.pixel_pool import pool_pixels
 
 log = logging.getLogger(__name__)
@@ -159,6 +162,8 @@ def add_label(
     row = None
     if model is not None and model.learnt is not None:
         row = test_before_learning(model, record, maps, fit, mask, config.classes)
+        if row and (seen := unseen_mask(project, record.id, config.classes)):
+            row["network"] = curve_row(record.id, *seen, mask, config.classes)
     keep_pixels(project, config, fit, record, maps, mask)
     return [row] if row else []
 
@@ -172,3 +177,4 @@ def test_then_train(project: Project, number: int) -> None:
         have = {(row["task"], row["model"]) for row in curve}
         curve += [row for row in rows if (row["task"], row["model"]) not in have]
         project.store.write_json(project.key("curve.json"), curve)
+        compare(project, curve)

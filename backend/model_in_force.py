@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from backend.context import Context
+from backend.gears import in_second_gear, model_info
 from backend.label_config import ProjectConfig
-from backend.learn import is_trained, model_info, network_key
-from backend.project import Project
+from backend.learn import is_trained, network_key
+from backend.project import HEAD_MASKS, Project
 from backend.score import scores_key
-
-#: Where masks by the head lie, in place of the name of a network.
-HEAD_MASKS = "head"
 
 
 class InForce(NamedTuple):
@@ -19,7 +17,7 @@ class InForce(NamedTuple):
 
     Attributes:
         name: for people; empty while nothing was learnt.
-        masks: where its masks lie in the store, see `Project.prediction`; empty while there are none.
+        masks: where the masks that people see lie in the store, see `Project.prediction`; empty while there are none.
         compared: names all that an order by it depends on, besides the tasks.
         note: what there is to say of it, in a sentence; empty for most.
     """
@@ -35,7 +33,9 @@ def model_in_force(ctx: Context, project: Project, config: ProjectConfig) -> InF
     if ctx.settings.learner == "instant":
         said = dict(project.store.read_json(project.key("model.json")) or {})
         name = str(said.get("version", "")) if "made_of" in said else ""
-        return InForce(name, HEAD_MASKS if name else "", str(said.get("made_of", "")), str(said.get("note", "")))
+        deep = in_second_gear(project, config.classes) if name else ""
+        masks = deep or (HEAD_MASKS if name else "")
+        return InForce(name, masks, f"{said.get('made_of', '')} {deep}".strip(), str(said.get("note", "")))
     note = str(model_info(project).get("note", ""))
     key = network_key(ctx, project, config.classes)
     learnt = is_trained(ctx, key)

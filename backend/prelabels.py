@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from backend.errors import FirstRowError
 from backend.label_config import ProjectConfig
-from backend.project import Index, Project, TaskRecord, known
+from backend.project import HEAD_MASKS, Index, Project, TaskRecord, known
 from backend.regions import coarse_regions, fine_regions
 from backend.store import Store
 from model.classes import IGNORE, UNKNOWN
@@ -101,7 +101,10 @@ def full_regions(project: Project, config: ProjectConfig, task: int, state: Mapp
     record, labels = stored(project, task, state)
     own = project.own_coarse(record, config)
     clusters = None if labels is None else coarse_map(labels, project.decided(config), own)
-    seen = project.prediction(str(state.get("masks", state.get("model", ""))), task, config.classes.fine)
+    masks = str(state.get("masks", state.get("model", "")))
+    seen = project.prediction(masks, task, config.classes.fine)
+    if seen is None and masks != HEAD_MASKS:  # the trained network has yet to see it
+        seen = project.prediction(HEAD_MASKS, task, config.classes.fine)
     if seen is None:
         if clusters is None or not known(clusters).any():
             return []

@@ -24,6 +24,8 @@ Stage = Literal["new", "coarse", "returned", "full", "other"]
 FORMAT = 2
 #: Places at the head of the queue for which coarse-labelled tasks are called back and prelabels travel along.
 HEAD = 10
+#: Where masks by the head of the instant learner lie, in place of the name of a network.
+HEAD_MASKS = "head"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from backend.attach import check
 from backend.context import Context
 from backend.enqueue import Board
 from backend.errors import FirstRowError
+from backend.gears import gears
 from backend.project import Index, Project
 from backend.worker import alive
 
@@ -39,8 +40,10 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         `head` (first places of the queue: task, ask, utility, parts, why, kind), `unusable` (`count`, and the `tasks`
         by id: task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
         None when all is well), `known` (attached, or connected by Label Studio's settings page), `stopped` (by a
-        detach), `milliseconds` (by step, of the last
-        round by the instant learner), `missing` (what `attach` would still add).
+        detach), `gears` (of the head and the network on the newest labels that neither had learnt: `pairs` of masks
+        compared, mIoU `head` and `network`, whether the latter's masks are shown (`ahead`), its `version`, and how many
+        labels it has `trained` on; empty without a network), `milliseconds` (by step, of the last round by the instant
+        learner), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -63,6 +66,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "error": ctx.board.error(project),
         "known": project in ctx.board.projects() or here.attached(),
         "stopped": ctx.board.stopped(project),
+        "gears": gears(here),
         "milliseconds": here.store.read_json(here.key("laps.json")) or {},
         "missing": missing(ctx, project),
     }
@@ -192,6 +196,8 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield "A detach has stopped this project: run it again until it ends, or `firstrow attach` to go on."
     if found["note"]:
         yield str(found["note"])
+    if found["gears"]:
+        yield _gears(found["gears"])
     if found["error"]:
         yield f"Last error, in {found['error']['step']}: {found['error']['message']}"
     for row in found["labels"]:
@@ -200,6 +206,17 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield f"{found['without_mask']} tasks are annotated without a mask: Label Studio will not serve them again."
     for sentence in found["missing"]:
         yield f"Missing: {sentence}"
+
+
+def _gears(found: Mapping[str, Any]) -> str:
+    network = f"The network {found['version']} was trained on {found['trained']} labels"
+    if not found.get("pairs"):
+        return f"{network} and waits for new ones to be compared on: people see the masks of the head."
+    shown = "the network" if found["ahead"] else "the head"
+    return (
+        f"{network}. On the last {found['pairs']} labels that neither had learnt: head {found['head']:.3f}, network "
+        f"{found['network']:.3f} mIoU. People see the masks of {shown}."
+    )
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:

@@ -248,6 +248,7 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     Returns:
         The exit status: 0 when asked to stop, 1 when Redis or rq gave up.
     """
+    Board.serves = tuple(queues)
     worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds, allowed)
     worker.take_up()
     watch = Watch(settings, worker.sign_in)

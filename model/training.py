@@ -129,7 +129,7 @@ class Training:
             ImageError: none of the images can be read.
             FloatingPointError: the loss is no longer a number.
         """
-        yield from self._losses
+        return self._losses  # itself: a generator around it would end it where a loop over it is left
 
     def result(self) -> Network:
         """What was learnt, in evaluation mode.
@@ -311,6 +311,16 @@ def predict(network: Network, image: NDArray[np.uint8], device: str) -> NDArray[
     """(H, W) most probable class of each pixel of an image (H, W, 3), by a network in evaluation mode."""
     with torch.no_grad():
         return mask_of(network(as_input(image[None], torch.device(device))))
+
+
+def predict_surely(
+    network: Network, image: NDArray[np.uint8], device: str
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """(H, W) most probable class of each pixel of an image (H, W, 3), and (H, W) its probability, 255 = certain."""
+    with torch.inference_mode():
+        best, classes = network(as_input(image[None], torch.device(device))).float().softmax(1)[0].max(0)
+        sure = (255 * best).round()
+    return classes.to(torch.uint8).cpu().numpy(), sure.to(torch.uint8).cpu().numpy()
 
 
 def mask_of(logits: Tensor) -> NDArray[np.uint8]:

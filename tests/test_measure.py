@@ -24,8 +24,7 @@ from backend.head import lacks_pixels, learn
 from backend.label_config import ProjectConfig, parse, with_coarse
 from backend.masks import show_masks
 from backend.measure import measure
-from backend.model_in_force import HEAD_MASKS
-from backend.project import Index, Project, TaskRecord
+from backend.project import HEAD_MASKS, Index, Project, TaskRecord
 from backend.settings import Settings
 from model.features import Extractor, Maps
 from model.field import render
