@@ -69,24 +69,33 @@ def score_tasks(
     key, folder = network_key(ctx, project, config.classes), scores_key(ctx, project, config)
     network, rows, kept = scorer(ctx, project, key, config.classes), [], []
     faulty: list[TaskRecord] = []
-    fault: Exception | None = None
     for done, (record, image, target) in enumerate(ahead(inputs(ctx, project, records, config, faulty))):
         progress(done + 1, len(records))
         try:
             score = network.score(image, target)
         except Exception as error:
-            fault = error
+            if not scores_at_all(ctx, network, config.classes):
+                raise
             faulty.append(noted(ctx.studio, project.id, record, error))
             continue
         project.save_prediction(key, record.id, score.prediction, score.confidence, config.classes.fine)
         rows.append(score)
         kept.append(record)
-    if fault and not kept and len(records) > 1:
-        raise fault
     if kept:
         name = hashlib.sha1(repr([(r.id, r.version) for r in kept]).encode()).hexdigest()[:16]
         project.store.write_arrays(project.key("scores", folder, f"{name}.npz"), as_arrays(kept, rows))
     return faulty
+
+
+def scores_at_all(ctx: Context, network: Scorer, classes: Classes) -> bool:
+    """Whether a plain image as large as any can be scored; if not, a failure is no image's own."""
+    side = ctx.settings.image_size
+    try:
+        network.score(np.zeros((side, side, 3), np.uint8), np.full((side, side), classes.any_row, np.uint8))
+    except Exception as error:
+        log.warning("the network fails at a plain image, too: %s", error)
+        return False
+    return True
 
 
 def note_unscored(project: Project, number: int, shard: int, records: Sequence[TaskRecord]) -> None:

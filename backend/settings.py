@@ -20,9 +20,9 @@ from backend.secret import project_secret
 from backend.store import Store
 
 PREFIX = "FIRSTROW_"
-#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, and
-#: how often they save.
-OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SAVES"}
+#: Variables of ours that are not settings of a process: where data for tests lies, which Label Studio they start, how
+#: often they save, and at which changes a detach dies (each, or each so many).
+OTHERS = {"FIRSTROW_DATA", "FIRSTROW_STUDIO", "FIRSTROW_SAVES", "FIRSTROW_DEATHS"}
 #: Where the generated master secret lies in the store. Older versions kept one under "secret" and showed it to members
 #: of projects in their webhooks: it is not used any more.
 SECRET_KEY = "master-secret"  # noqa: S105  (its name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import ref
@@ -26,11 +28,13 @@ from test_people import CHOICE, WITH_CHOICE, annotations, answer, lasting, read,
 from backend import cli
 from backend.annotator import prelabel, shown_prediction, started_from
 from backend.answers_file import CHUNK, OURS, saved_before, write_answers
+from backend.attach import apply, plan
 from backend.attached import PAGE, look
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest
 from backend.connection import SECRET_HEADER, keeper_account, keeper_address, recorded
-from backend.detach_answers import delete_if_same, undo_answers
+from backend.detach import detach
+from backend.detach_answers import Choice, delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
 from backend.enqueue import DEFAULT, STOPPED
 from backend.errors import AttachRefused
@@ -40,10 +44,19 @@ from backend.labelstudio import LabelStudio
 from backend.publish import reopen, set_aside
 from backend.server import look_around
 from backend.settings import Settings
+from backend.sync import refresh_config
+from backend.transport import Transport
 
 Pictures = dict[Path, NDArray[np.uint8]]
 Share = Callable[..., Backend]
 Row = dict[str, Any]
+
+
+#: What of `around` is another where coarse labels are kept.
+KEPT = {
+    *("label_config", "labelled", "num_tasks_with_annotations", "useful_annotation_number"),
+    *("total_annotations_number", "queue_done", "state", "finished_task_number", "queue_total"),
+}
 
 
 def run(team: Team, *arguments: str, **more: str) -> int:
@@ -419,6 +432,92 @@ def test_what_others_have_open_is_theirs_when_an_answer_is_set_aside(
     assert annotations(team)[sent["id"]]["result"] == whole[2]
 
 
+class Died(Exception):
+    """Somebody has killed the process."""
+
+
+class Mortal(Transport):
+    """Calls Label Studio, and dies instead of a change of it: `changes` are made before."""
+
+    changes: int
+
+    def call(self, method: str, path: str, *args: Any, **more: Any) -> Any:
+        """Send one request."""
+        if method != "GET":
+            self.changes -= 1
+            if self.changes < 0:
+                raise Died(path)
+        return super().call(method, path, *args, **more)
+
+
+def detach_until(team: Team, choice: Choice, file: Path, changes: int = 10**6) -> str:
+    """Detach, and die after so many changes of Label Studio; instead of which one, nothing if it ended."""
+    door, settings = LabelStudio(team.studio.url, ""), team.backend.context.settings
+    door.http = mortal = Mortal(team.studio.url, team.studio.http.credentials.key)
+    mortal.changes = changes
+    try:
+        extra, kept = team.project.extra(), team.project.coarse_answers()
+        for _ in detach(door, team.id, settings, choice, file, extra, kept):
+            pass
+    except Died as death:
+        return str(death)
+    return ""
+
+
+def attach_again(team: Team, predictions: list[Row]) -> None:
+    """Attach a project, and have it be as after a round that has made these predictions."""
+    apply(plan(team.studio, team.id, team.backend.context.settings, GROUPS))
+    assert team.studio.import_predictions(team.id, predictions) == len(predictions)
+    team.studio.patch_project(team.id, model_version=predictions[0]["model_version"])
+    refresh_config(team.backend.context, team.project)
+
+
+@pytest.mark.parametrize(("choice", "first"), [("keep", 1), ("file", 3)])
+def test_a_detach_that_died_at_any_change_is_ended_by_the_next_one(
+    share_backend: Share,
+    make_user: Callable[[str], LabelStudio],
+    pictures: Pictures,
+    tmp_path: Path,
+    choice: Choice,
+    first: int,
+) -> None:
+    team, anna = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), dict(list(pictures.items())[:3])), make_user("anna")
+    before, studio, every = around(team), team.studio, int(os.environ.get("FIRSTROW_DEATHS", "5"))
+    team.attach()
+    team.settle()
+    team.backend.context.board.stop(team.id)
+    tasks, names = team.ranking()[:2], ("task", "result", "score", "model_version")
+    regions = prelabel(studio.task(tasks[0], team.id))
+    rows = [row for task in studio.full_tasks(team.id, team.masks) for row in task["predictions"]]
+    predictions = [{name: row[name] for name in names} for row in rows]
+    assert not detach_until(team, choice, tmp_path / "none.json")
+    for changes in count(first % every, every):
+        attach_again(team, predictions)
+        began = {task: studio.predictions(task)[0]["id"] for task in tasks}
+        made = [anna.create_annotation(t, regions, lead_time=5.0, parent_prediction=began[t])["id"] for t in tasks]
+        given = [annotations(team)[number] for number in made]
+        aside(team, given[:1])
+        file = tmp_path / f"{changes}.json"
+        died = detach_until(team, choice, file, changes)
+        if not died:
+            assert changes > 10
+            return
+        assert not detach_until(team, choice, file)
+        after, left = around(team), annotations(team)
+        if choice == "keep":
+            assert set(left) == set(made), died
+            assert all(is_as_given(left[row["id"]], row) for row in given), died
+        else:
+            filed = [row for task in json.loads(file.read_text()) for row in task["annotations"]]
+            assert {row["id"]: digest(row) for row in filed} == {row["id"]: digest(row) for row in given}, died
+            assert left == {}, died
+        changed = {name: after[name] for name in before if after[name] != before[name]}
+        assert changed.keys() <= (KEPT if choice == "keep" else set()), (died, changed)
+        for number in left:
+            studio.delete_annotation(number)
+        studio.patch_project(team.id, label_config=before["label_config"])
+
+
 def test_file_of_answers_survives_a_full_disk(tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     write_answers([{"id": 1, "annotations": [{"id": 5, "result": ["x" * 100]}]}], file)
@@ -680,10 +779,7 @@ def test_detach_gives_coarse_labels_back_as_they_were(share_backend: Share, pict
     assert row["parent_prediction"] in (None, given["parent_prediction"]), "unset where the prediction is deleted"
     assert (row["completed_by"], row["was_cancelled"]) == (given["completed_by"], False)
     after = around(team)
-    assert {name for name in before if after[name] != before[name]} <= {
-        *("label_config", "labelled", "num_tasks_with_annotations", "useful_annotation_number"),
-        *("total_annotations_number", "queue_done", "state", "finished_task_number", "queue_total"),
-    }
+    assert {name for name in before if after[name] != before[name]} <= KEPT
     assert after["labelled"].count(True) == 1
 
 

@@ -261,6 +261,7 @@ def test_whether_something_may_still_be_changed_is_asked_before_each_try(shaky: 
     assert len(asked) == 2, "nobody else is asked"
 
 
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE", "POST"])
 def test_a_lost_answer_is_asked_for_again_unless_something_new_was_made(shaky: Transport, method: str) -> None:
     Shaky.statuses[:] = [0]
     if method == "POST":

@@ -25,9 +25,11 @@ from backend.label_config import ProjectConfig, parse, with_coarse
 from backend.masks import show_masks
 from backend.measure import measure
 from backend.project import HEAD_MASKS, Index, Project, TaskRecord
+from backend.score import score_tasks
 from backend.settings import Settings
 from model.features import Extractor, Maps
 from model.field import render
+from model.scoring import ImageScore, Scorer
 
 #: The picture of this task is red all over: the network fails at it in the way that a test wants.
 RED = 3
@@ -221,3 +223,24 @@ def test_a_picture_whose_mask_fails_costs_that_one(pool: Pool, monkeypatch: pyte
     assert show_masks(pool.ctx, pool.project, there.index, fit, model, [4, RED, 5])
     shown = [task for task in there.index if pool.project.prediction(HEAD_MASKS, task, pool.config.classes.fine)]
     assert shown == [4, 5]
+
+
+def test_scores_by_a_trained_network_fail_for_the_pictures_alone_or_end_the_job(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Scorer.score
+
+    def score(self: Scorer, image: NDArray[np.uint8], target: NDArray[np.uint8]) -> ImageScore:
+        if every or (image[..., 0] > 200).all():
+            raise RuntimeError("cannot be seen")
+        return real(self, image, target)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    every, red = False, [pool.index[RED], replace(pool.index[RED], id=7)]
+    for records in (red[:1], red, [*red, pool.index[4]]):
+        faulty = score_tasks(pool.ctx, pool.project, records, pool.config)
+        assert [record.id for record in faulty] == [record.id for record in records if record in red]
+    every = True
+    for records in ([pool.index[4]], [*red, pool.index[4]]):
+        with pytest.raises(RuntimeError, match="cannot be seen"):
+            score_tasks(pool.ctx, pool.project, records, pool.config)
