@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 #: so these are generous; a worker that dies is noticed by its missing heartbeat, not by the timeout.
 TIMEOUTS = {
     "train": 6 * 3600,
-    "deepen": 6 * 3600,
+    "fine_tune": 6 * 3600,
     "score": 2 * 3600,
     "prepare": 2 * 3600,
     "fit_codebook": 3600,
@@ -50,7 +50,7 @@ OURS = 3600
 #: Seconds that an update by a person is kept which came while we were changing the same annotation.
 KEEP_UPDATE = 24 * 3600
 GPU, DEFAULT = "gpu", "default"
-QUEUE_OF = dict.fromkeys(("fit_codebook", "prepare", "train", "score", "deepen"), GPU)
+QUEUE_OF = dict.fromkeys(("fit_codebook", "prepare", "train", "score", "fine_tune"), GPU)
 #: Steps after whose failure nothing of the round is left to run.
 ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 #: Steps of a round behind its first; their first argument after the project is the round's number.
@@ -528,20 +528,20 @@ class Board:
             description=f"reconcile project {project}",
         )
 
-    def want_deepening(self, project: int) -> None:
-        """Have the second gear do something for the project as soon as no other job waits."""
-        self.redis.set(_key(project, "deepening"), 1)
+    def want_fine_tuning(self, project: int) -> None:
+        """Have fine-tuning do something for the project as soon as no other job waits."""
+        self.redis.set(_key(project, "fine_tuning"), 1)
 
-    def deepen(self, project: int) -> None:
-        """Queue what the second gear was asked for, if no other job waits; one job of a project at a time."""
-        wanted = _key(project, "deepening")
+    def fine_tune(self, project: int) -> None:
+        """Queue what fine-tuning was asked for, if no other job waits; one job of a project at a time."""
+        wanted = _key(project, "fine_tuning")
         if GPU not in self.serves or not self.redis.exists(wanted) or self.waiting() or self.stopped(project):
             return
-        there = self.job(f"deepen-{project}-1")
+        there = self.job(f"fine_tune-{project}-1")
         if there is not None and there.get_status(refresh=False) in LIVE:
             return
         if self.redis.delete(wanted):
-            self.enqueue("deepen", project, job_id=f"deepen-{project}-1")
+            self.enqueue("fine_tune", project, job_id=f"fine_tune-{project}-1")
 
     def forgot(self) -> bool:
         """True for one caller after Redis has lost its memory."""

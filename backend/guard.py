@@ -26,7 +26,7 @@ ALLOWED: Mapping[str, Kinds] = {
     "backend.jobs.plan_scores": (int, int),
     "backend.jobs.score": (int, int, int),
     "backend.jobs.publish": (int, int),
-    "backend.jobs.deepen": (int,),
+    "backend.jobs.fine_tune": (int,),
     "backend.jobs.clean": (int,),
     "backend.jobs.reconcile": (int,),
     "backend.curves.curve_job": (str, dict, list),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
-from backend import second_gear
+from backend import fine_tuning
 from backend.attach import check
 from backend.connection import HIGHEST, need_backend
 from backend.context import Context, context
@@ -287,14 +287,14 @@ def serve(
         project.store.write_json(project.key("laps.json"), laps.taken)
     if ctx.board.finish(project.id, number):
         ctx.board.enqueue("clean", project.id)
-        if ctx.settings.learner == "instant" and second_gear.is_wanted(ctx, project, index, config):
-            ctx.board.want_deepening(project.id)
+        if ctx.settings.learner == "instant" and fine_tuning.is_wanted(ctx, project, index, config):
+            ctx.board.want_fine_tuning(project.id)
 
 
 @step
-def deepen(ctx: Context, project: Project) -> None:
+def fine_tune(ctx: Context, project: Project) -> None:
     """Train the network in the background, and have it see the pool."""
-    second_gear.deepen(ctx, project)
+    fine_tuning.fine_tune(ctx, project)
 
 
 @step

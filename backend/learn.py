@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.comparison import knows, model_info
 from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import JobError, StartAnew
 from backend.faults import concerns_all
-from backend.gears import knows, model_info
 from backend.label_config import ProjectConfig
 from backend.prepare import clusters_name, target_of
 from backend.project import Index, Project, TaskRecord, labelled, pool

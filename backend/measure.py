@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backend.comparison import compare
 from backend.context import Context
 from backend.enqueue import progress
 from backend.errors import ImageFetchError, MaskError
 from backend.faults import concerns_all, noted
 from backend.features import Fit, extractor, finite, held, load_fit, write_pack
-from backend.gears import compare
+from backend.fine_tuning import unseen_mask
 from backend.head import Model, keep_pixels, lacks_pixels, load_model, test_before_learning
 from backend.label_config import ProjectConfig
 from backend.learn import curve_row
 from backend.masks import maps_of
 from backend.prepare import check_shape
 from backend.project import Project, TaskRecord
-from backend.second_gear import unseen_mask
 from model.pixel_pool import pool_pixels
 
 log = logging.getLogger(__name__)

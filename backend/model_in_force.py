@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from backend.comparison import model_info, tuned_in_force
 from backend.context import Context
-from backend.gears import in_second_gear, model_info
 from backend.label_config import ProjectConfig
 from backend.learn import is_trained, network_key
 from backend.project import HEAD_MASKS, Project
@@ -33,7 +33,7 @@ def model_in_force(ctx: Context, project: Project, config: ProjectConfig) -> InF
     if ctx.settings.learner == "instant":
         said = dict(project.store.read_json(project.key("model.json")) or {})
         name = str(said.get("version", "")) if "made_of" in said else ""
-        deep = in_second_gear(project, config.classes) if name else ""
+        deep = tuned_in_force(project, config.classes) if name else ""
         masks = deep or (HEAD_MASKS if name else "")
         return InForce(name, masks, f"{said.get('made_of', '')} {deep}".strip(), str(said.get("note", "")))
     note = str(model_info(project).get("note", ""))

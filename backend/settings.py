@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     checkpoint: str = Field("", alias="FIRSTROW_CHECKPOINT")
     strategy: str = Field("first-row", alias="FIRSTROW_STRATEGY")
     learner: Literal["instant", "deep"] = Field("instant", alias="FIRSTROW_LEARNER")
-    second_gear: Literal["auto", "on", "off"] = Field("auto", alias="FIRSTROW_SECOND_GEAR")
+    fine_tune: Literal["auto", "on", "off"] = Field("auto", alias="FIRSTROW_FINE_TUNE")
     coarse_tasks: int = Field(5, alias="FIRSTROW_COARSE_TASKS", ge=0)
     retrain_every: int = Field(1, alias="FIRSTROW_RETRAIN_EVERY", ge=1)
     train_steps: int = Field(100, alias="FIRSTROW_TRAIN_STEPS", ge=1)

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from backend.attach import check
+from backend.comparison import comparison
 from backend.context import Context
 from backend.enqueue import Board
 from backend.errors import FirstRowError
-from backend.gears import gears
 from backend.project import Index, Project
 from backend.worker import alive
 
@@ -40,10 +40,10 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         `head` (first places of the queue: task, ask, utility, parts, why, kind), `unusable` (`count`, and the `tasks`
         by id: task, reason with its remedy, tries, next_try in seconds since the epoch), `error` (step, message, time;
         None when all is well), `known` (attached, or connected by Label Studio's settings page), `stopped` (by a
-        detach), `gears` (of the head and the network on the newest labels that neither had learnt: `pairs` of masks
-        compared, mIoU `head` and `network`, whether the latter's masks are shown (`ahead`), its `version`, and how many
-        labels it has `trained` on; empty without a network), `milliseconds` (by step, of the last round by the instant
-        learner), `missing` (what `attach` would still add).
+        detach), `fine_tuning` (of the head and the network on the newest labels that neither had learnt: `pairs` of
+        masks compared, mIoU `head` and `network`, whether the latter's masks are shown (`ahead`), its `version`, and
+        how many labels it has `trained` on; empty without a network), `milliseconds` (by step, of the last round by the
+        instant learner), `missing` (what `attach` would still add).
 
     Raises:
         redis.RedisError: Redis cannot be reached.
@@ -66,7 +66,7 @@ def status(ctx: Context, project: int) -> dict[str, Any]:
         "error": ctx.board.error(project),
         "known": project in ctx.board.projects() or here.attached(),
         "stopped": ctx.board.stopped(project),
-        "gears": gears(here),
+        "fine_tuning": comparison(here),
         "milliseconds": here.store.read_json(here.key("laps.json")) or {},
         "missing": missing(ctx, project),
     }
@@ -196,8 +196,8 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield "A detach has stopped this project: run it again until it ends, or `firstrow attach` to go on."
     if found["note"]:
         yield str(found["note"])
-    if found["gears"]:
-        yield _gears(found["gears"])
+    if found["fine_tuning"]:
+        yield _comparison(found["fine_tuning"])
     if found["error"]:
         yield f"Last error, in {found['error']['step']}: {found['error']['message']}"
     for row in found["labels"]:
@@ -208,7 +208,7 @@ def _warnings(found: Mapping[str, Any]) -> Iterable[str]:
         yield f"Missing: {sentence}"
 
 
-def _gears(found: Mapping[str, Any]) -> str:
+def _comparison(found: Mapping[str, Any]) -> str:
     network = f"The network {found['version']} was trained on {found['trained']} labels"
     if not found.get("pairs"):
         return f"{network} and waits for new ones to be compared on: people see the masks of the head."

@@ -14,14 +14,14 @@ from conftest import Backend
 from numpy.typing import NDArray
 from team import Team, wait_for
 
-from backend import second_gear
+from backend import fine_tuning
+from backend.comparison import LEAST_PAIRS, PAIRS, compare, comparison, tuned_in_force
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU
-from backend.gears import LEAST_PAIRS, PAIRS, compare, gears, in_second_gear
+from backend.fine_tuning import RESTING, fine_tune, is_wanted
 from backend.learn import stored_network
 from backend.project import Project
 from backend.regions import to_mask
-from backend.second_gear import RESTING, deepen, is_wanted
 from backend.status import status
 from backend.store import Store
 from model.classes import Classes
@@ -33,12 +33,12 @@ CLASSES = Classes(("soil", "crop"), ("Soil", "Plant"), ((0,), (1,)))
 def test_the_network_is_trained_beside_the_rounds_and_shown_once_it_is_ahead(
     make_backend: Callable[..., Backend], pictures: Pictures
 ) -> None:
-    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_SECOND_GEAR="on", FIRSTROW_TRAIN_STEPS="1"), pictures)
+    team = Team(make_backend(FIRSTROW_COARSE_TASKS="0", FIRSTROW_FINE_TUNE="on", FIRSTROW_TRAIN_STEPS="1"), pictures)
     last, project, ctx = team.attach(), team.project, team.backend.context
     team.segment(team.ranking()[0])
     last = team.wait(last)
-    wait_for(lambda: gears(project) and not unseen(team), 60, team.log)
-    first = gears(project)
+    wait_for(lambda: comparison(project) and not unseen(team), 60, team.log)
+    first = comparison(project)
     assert (first["trained"], "pairs" in first) == (1, False)
     assert ctx.board.state(team.id)["masks"] == "head"
     picked = team.ranking()[0]
@@ -49,20 +49,22 @@ def test_the_network_is_trained_beside_the_rounds_and_shown_once_it_is_ahead(
     row = project.store.read_json(project.key("curve.json"))[-1]
     assert (row["task"], row["network"]["model"], row["network"]["trained_on"]) == (picked, first["version"], 1)
     assert row["network"]["miou"] == pytest.approx(miou(guess[0], team.masks[picked]), abs=0.02), "from what it said"
-    assert status(ctx, team.id)["gears"]["pairs"] == 1
-    wait_for(lambda: gears(project)["trained"] == 2 and not unseen(team), 60, team.log)
+    assert status(ctx, team.id)["fine_tuning"]["pairs"] == 1
+    wait_for(lambda: comparison(project)["trained"] == 2 and not unseen(team), 60, team.log)
     assert ctx.board.state(team.id)["masks"] == "head", "one label proves nothing"
 
     before = [{**row, "network": {**row["network"], "miou": row["miou"] + 0.1}} for _ in range(LEAST_PAIRS)]
     project.store.write_json(project.key("curve.json"), [{**r, "task": -n} for n, r in enumerate(before)])
     team.segment(team.ranking()[0])
     last = team.wait(last)
-    wait_for(lambda: ctx.board.state(team.id)["masks"] == gears(project)["version"] and not unseen(team), 60, team.log)
+    wait_for(
+        lambda: ctx.board.state(team.id)["masks"] == comparison(project)["version"] and not unseen(team), 60, team.log
+    )
     team.settle()
-    assert status(ctx, team.id)["gears"]["ahead"]
+    assert status(ctx, team.id)["fine_tuning"]["ahead"]
     served = team.studio.next_task(team.id)
     assert served is not None
-    shown = project.prediction(gears(project)["version"], served["id"], team.config.classes.fine)
+    shown = project.prediction(comparison(project)["version"], served["id"], team.config.classes.fine)
     heads = project.prediction("head", served["id"], team.config.classes.fine)
     assert shown is not None
     assert heads is not None
@@ -76,7 +78,7 @@ def test_the_network_is_trained_beside_the_rounds_and_shown_once_it_is_ahead(
 
 
 def unseen(team: Team) -> object:
-    return second_gear.unseen(team.project, team.project.index(), team.config.classes)
+    return fine_tuning.unseen(team.project, team.project.index(), team.config.classes)
 
 
 def miou(seen: NDArray[np.uint8], true: NDArray[np.uint8]) -> float:
@@ -89,35 +91,35 @@ def miou(seen: NDArray[np.uint8], true: NDArray[np.uint8]) -> float:
 def test_a_training_rests_while_jobs_wait_and_goes_on_where_it_was(
     make_backend: Callable[..., Backend], pictures: Pictures, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(second_gear, "FEWEST", 600)
-    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0", FIRSTROW_SECOND_GEAR="on", FIRSTROW_TRAIN_STEPS="1")
+    monkeypatch.setattr(fine_tuning, "FEWEST", 600)
+    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0", FIRSTROW_FINE_TUNE="on", FIRSTROW_TRAIN_STEPS="1")
     team, ctx = Team(backend, pictures), backend.context
-    with start_worker(tmp_path, {**backend.environment, "FIRSTROW_SECOND_GEAR": "off"}):
+    with start_worker(tmp_path, {**backend.environment, "FIRSTROW_FINE_TUNE": "off"}):
         before = team.attach()
         team.segment(team.ranking()[0])
         team.wait(before)
         team.settle()
-    assert gears(team.project) == {}
+    assert comparison(team.project) == {}
     board, config = ctx.board, team.project.config()
     for queue in (GPU, DEFAULT):
         board.queue(queue).empty()
     assert is_wanted(ctx, team.project, team.project.index(), config)
-    deepen(ctx, team.project)
-    whole = stored_network(team.project, gears(team.project)["version"], config.classes)
+    fine_tune(ctx, team.project)
+    whole = stored_network(team.project, comparison(team.project)["version"], config.classes)
     assert whole is not None
     assert not unseen(team)
 
     team.project.store.delete(team.project.key("network.json"))
     board.enqueue("clean", team.id)
     steps = 0
-    while "version" not in gears(team.project):
+    while "version" not in comparison(team.project):
         assert board.waiting()
-        deepen(ctx, team.project)
+        fine_tune(ctx, team.project)
         steps += 1
-        assert board.redis.exists(f"firstrow:{team.id}:deepening"), "it is to go on"
-        assert len(RESTING) == ("version" not in gears(team.project))
+        assert board.redis.exists(f"firstrow:{team.id}:fine_tuning"), "it is to go on"
+        assert len(RESTING) == ("version" not in comparison(team.project))
     assert steps == 6, "a step at a time"
-    again = stored_network(team.project, gears(team.project)["version"], config.classes)
+    again = stored_network(team.project, comparison(team.project)["version"], config.classes)
     assert again is not None
     for name, values in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], values)
@@ -126,23 +128,23 @@ def test_a_training_rests_while_jobs_wait_and_goes_on_where_it_was(
 def test_one_job_of_a_project_at_a_time_and_only_when_nothing_waits(make_backend: Callable[..., Backend]) -> None:
     board = make_backend(False).context.board
     board.register(7)
-    board.deepen(7)
+    board.fine_tune(7)
     assert board.queue(GPU).job_ids == [], "nobody asked for it"
-    board.want_deepening(7)
+    board.want_fine_tuning(7)
     waiting = board.enqueue("clean", 7)
-    board.deepen(7)
+    board.fine_tune(7)
     assert board.queue(GPU).job_ids == []
     board.queue(DEFAULT).remove(waiting)
-    board.deepen(7)
-    assert board.queue(GPU).job_ids == ["deepen-7-1"]
-    board.want_deepening(7)
+    board.fine_tune(7)
+    assert board.queue(GPU).job_ids == ["fine_tune-7-1"]
+    board.want_fine_tuning(7)
     board.queue(GPU).empty()
-    board.deepen(7)
-    assert board.queue(GPU).job_ids == ["deepen-7-1"], "the one before has ended"
+    board.fine_tune(7)
+    assert board.queue(GPU).job_ids == ["fine_tune-7-1"], "the one before has ended"
     board.queue(GPU).empty()
-    board.want_deepening(7)
+    board.want_fine_tuning(7)
     assert board.stop(7, 1)
-    board.deepen(7)
+    board.fine_tune(7)
     assert board.queue(GPU).job_ids == []
 
 
@@ -165,5 +167,5 @@ def test_the_network_is_ahead_by_more_than_chance(gains: list[float], ahead: boo
     project.store.write_json(
         project.key("network.json"), {"version": "network-3", "trained": {}, "classes": ["crop", "soil"]}
     )
-    assert in_second_gear(project, CLASSES) == ("network-3" if ahead else "")
-    assert in_second_gear(project, Classes(("soil", "weed"), ("Soil", "Plant"), ((0,), (1,)))) == ""
+    assert tuned_in_force(project, CLASSES) == ("network-3" if ahead else "")
+    assert tuned_in_force(project, Classes(("soil", "weed"), ("Soil", "Plant"), ((0,), (1,)))) == ""

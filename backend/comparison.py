@@ -38,10 +38,10 @@ def compare(project: Project, curve: Sequence[Mapping[str, Any]]) -> None:
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     ahead = len(pairs) >= LEAST_PAIRS and statistics.fmean(gains) > error
     said = {"pairs": len(pairs), "head": statistics.fmean(head), "network": statistics.fmean(network), "ahead": ahead}
-    project.store.write_json(project.key("gears.json"), said)
+    project.store.write_json(project.key("comparison.json"), said)
 
 
-def gears(project: Project) -> dict[str, Any]:
+def comparison(project: Project) -> dict[str, Any]:
     """What `compare` has said, and the network it is about: `pairs`, `head`, `network`, `ahead`, `version`, `trained`.
 
     Empty before there is a network.
@@ -49,13 +49,13 @@ def gears(project: Project) -> dict[str, Any]:
     info = model_info(project)
     if "version" not in info:
         return {}
-    said = dict(project.store.read_json(project.key("gears.json")) or {})
+    said = dict(project.store.read_json(project.key("comparison.json")) or {})
     return {**said, "version": info["version"], "trained": len(info["trained"]), "classes": info["classes"]}
 
 
-def in_second_gear(project: Project, classes: Classes) -> str:
+def tuned_in_force(project: Project, classes: Classes) -> str:
     """The network whose masks people see; empty while they see the head's."""
-    if not (project.store.read_json(project.key("gears.json")) or {}).get("ahead"):
+    if not (project.store.read_json(project.key("comparison.json")) or {}).get("ahead"):
         return ""
     info = model_info(project)
     return str(info["version"]) if knows(info, classes) else ""

@@ -1,4 +1,4 @@
-"""The second gear: all weights of the network are trained in the background, and its masks shown once they are better.
+"""Fine-tuning: all weights of the network are trained in the background, and its masks shown once they are better.
 
 The head learns each label at once, and ranks. The network takes minutes, so it is trained now and then, by a job on
 the queue `gpu` that rests whenever another job waits. Both are tested on each new label before they learn it; people
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.comparison import knows, model_info, tuned_in_force
 from backend.context import Context
 from backend.enqueue import progress
 from backend.faults import concerns_all
-from backend.gears import in_second_gear, knows, model_info
 from backend.label_config import ProjectConfig
 from backend.learn import full_samples, keep_model, network_to, prune_models, source_network, stored_network
 from backend.project import Index, Project, TaskRecord, labelled, pool
@@ -58,23 +58,23 @@ class Resting:
 RESTING: dict[tuple[str, int], Resting] = {}
 
 
-def deepen(ctx: Context, project: Project) -> None:
+def fine_tune(ctx: Context, project: Project) -> None:
     """Train the network if that is due, and have it see the pool; rests when another job waits, to go on later."""
     config, index = project.config(), project.index()
     ended = not is_due(ctx, project, index, config.classes) or trained(ctx, project, index, config)
     if not (ended and see_pool(ctx, project, index, config)):
-        ctx.board.want_deepening(project.id)
+        ctx.board.want_fine_tuning(project.id)
         return
-    shown = in_second_gear(project, config.classes)
+    shown = tuned_in_force(project, config.classes)
     if shown and project.state().get("masks") != shown:
         ctx.board.request_round(project.id, "the network has learnt")
 
 
 def is_wanted(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
-    """Whether there is something for the second gear to do, as far as can be told without knowing its machine."""
-    if ctx.settings.second_gear == "off":
+    """Whether there is something for fine-tuning to do, as far as can be told without knowing its machine."""
+    if ctx.settings.fine_tune == "off":
         return False
-    least = 1 if ctx.settings.second_gear == "on" else WITH_GPU
+    least = 1 if ctx.settings.fine_tune == "on" else WITH_GPU
     return grown(project, index, config.classes, least) or bool(unseen(project, index, config.classes))
 
 
@@ -91,7 +91,7 @@ def is_due(ctx: Context, project: Project, index: Index, classes: Classes) -> bo
     """Whether the network is to be trained on this machine."""
     automatic = WITH_GPU if device() == "cuda" else WITHOUT_GPU
     return place(project) in RESTING or grown(
-        project, index, classes, 1 if ctx.settings.second_gear == "on" else automatic
+        project, index, classes, 1 if ctx.settings.fine_tune == "on" else automatic
     )
 
 
