@@ -34,6 +34,7 @@ GIVEN = {
     "FIRSTROW_CHECKPOINT": "/models/field.safetensors",
     "FIRSTROW_STRATEGY": "entropy",
     "FIRSTROW_LEARNER": "deep",
+    "FIRSTROW_FINE_TUNE": "on",
     "FIRSTROW_COARSE_TASKS": "0",
     "FIRSTROW_RETRAIN_EVERY": "3",
     "FIRSTROW_TRAIN_STEPS": "7",
