@@ -432,7 +432,7 @@ def test_what_is_stopped_changes_nothing_more(slow: Team, monkeypatch: pytest.Mo
     monkeypatch.setattr(Slow, "seen", staticmethod(tell))
     slow.settle()
     before = slow.backend.round(slow.id)
-    segment(slow)
+    redraw(slow)
     slow.backend.wait(slow.id, before)
     slow.settle()
     threes = zip(told, told[1:], told[2:], strict=False)
