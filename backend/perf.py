@@ -29,7 +29,7 @@ from backend.supervisor import child_environment, processors
 #: Rounds of each comparison; what takes seconds gets fewer.
 ROUNDS = 15
 #: What can be measured by itself.
-GROUPS = ("scoring", "images", "queue", "loop")
+GROUPS = ("learner", "scoring", "images", "queue", "loop")
 Call = Callable[[], object]
 
 
@@ -121,9 +121,10 @@ def _cpuinfo() -> list[str]:
 
 def measure(groups: Sequence[str]) -> Iterator[Item]:
     """The items of some groups, as they come."""
-    from backend import perf_images, perf_loop, perf_queue, perf_scoring
+    from backend import perf_images, perf_learner, perf_loop, perf_queue, perf_scoring
 
-    known = dict(zip(GROUPS, (perf_scoring.items, perf_images.items, perf_queue.items, perf_loop.items), strict=True))
+    modules = (perf_learner, perf_scoring, perf_images, perf_queue, perf_loop)
+    known = {group: module.items for group, module in zip(GROUPS, modules, strict=True)}
     for group in groups:
         yield from known[group]()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -151,10 +152,13 @@ def submit_items(stage: Stage, tasks: int) -> Iterator[Item]:
             found.append(seconds / SOON[tasks])
             theirs.append(answered / seconds)
             steps.append(project.store.read_json(project.key("laps.json")) or {})
+        memory = max(child.memory_info().rss for child in workers())
     # The first one loads the backbone.
     each = ", ".join(f"{name} {np.median([row[name] for row in steps[1:]]):.0f}" for name in steps[-1])
     said = f"{SOON[tasks]:g} s from Submit to the new head, of {tasks} tasks; milliseconds: {each}"
     yield ratio(f"submit/{SOON[tasks]:g}s {tasks}", 1.0, found[1:], said, processor())
+    said = f"1.5 GB of memory of the worker, of {tasks} tasks"
+    yield ratio(f"memory/1.5GB {tasks}", 1.0, [memory / 1.5e9], said, processor())
     said = "the same; the answers to Submit and to the question for the next task alone"
     yield ratio(f"Label Studio/submit {tasks}", 1.0, theirs[1:], said, processor())
 
@@ -183,6 +187,12 @@ def submit(ctx: Context, project: Project) -> tuple[float, float]:
     if served is None or served["id"] != head:
         raise JobError(f"Label Studio serves {served and served['id']}, but the new order begins with {head}")
     return taken, theirs
+
+
+def workers() -> list[psutil.Process]:
+    """Our workers, without their supervisors."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "backend.worker" in child.cmdline()]
 
 
 def settle(ctx: Context, project: Project, after: int = 0) -> None:

@@ -278,7 +278,7 @@ def reason(chosen: Chosen, image: int, share: Floats, worth: Worth, words: Seque
     Args:
         chosen: the order.
         image: which one.
-        share: (N, K) of each image's pixels.
+        share: (K,) of its pixels.
         worth: of kinds.
         words: per kind its colour.
         classes: how many the head tells apart.
@@ -288,4 +288,4 @@ def reason(chosen: Chosen, image: int, share: Floats, worth: Worth, words: Seque
     sure = "very doubtful" if doubt > VERY_DOUBTFUL else "doubtful" if doubt > DOUBTFUL else "hardly doubtful"
     times = round(float(chosen.seen[image]))
     before = "not shown so far" if not times else f"shown {times} time{'s' * (times > 1)} so far"
-    return f"shows {words[kind]} pixels ({share[image, kind]:.0%} of it), {before}, {sure}"
+    return f"shows {words[kind]} pixels ({share[kind]:.0%} of it), {before}, {sure}"

@@ -117,7 +117,7 @@ class FirstRow:
 
     def why(self, image: int) -> str:
         """Why an image without a label has its place, in words."""
-        place, share = int(np.searchsorted(self.images, image)), self.tables.share[self.images]
+        place, share = int(np.searchsorted(self.images, image)), self.tables.share[image]
         return reason(self.chosen, place, share, self.worth, self._kinds.words, self._classes)
 
     def kind(self, image: int) -> int:

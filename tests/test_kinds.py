@@ -196,7 +196,7 @@ def test_colours_have_words(rgb: tuple[int, int, int], words: str) -> None:
 def test_a_place_has_a_reason_in_words() -> None:
     chosen = Chosen(np.array([0]), np.ones(1), np.array([1]), np.array([1.2]))
     share, doubt = np.array([[0.88, 0.12]]), np.array([0.0, 0.7])
-    words = reason(chosen, 0, share, Worth(share[0], doubt, doubt), ("brown", "dark green"), 3)
+    words = reason(chosen, 0, share[0], Worth(share[0], doubt, doubt), ("brown", "dark green"), 3)
     assert words == "shows dark green pixels (12% of it), shown 1 time so far, very doubtful"
 
 
@@ -208,7 +208,7 @@ def test_a_rendered_pool_is_ordered_and_every_place_has_a_reason(pool: Pool) -> 
     chosen = choose(tables.share[3:], tables.share[:3], value, rng())
     assert np.array_equal(np.sort(chosen.order), np.arange(17))
     for image in chosen.order:
-        assert reason(chosen, image, tables.share[3:], value, pool.kinds.words, 3).startswith("shows ")
+        assert reason(chosen, image, tables.share[3:][image], value, pool.kinds.words, 3).startswith("shows ")
 
 
 def test_kinds_are_plain_arrays(pool: Pool) -> None:
