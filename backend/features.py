@@ -267,12 +267,23 @@ def read_pack(project: Project, key: str) -> Pack | None:
         return None
 
 
+def useless_packs(ctx: Context, project: Project, fit: Fit) -> set[str]:
+    """Files of packs that are of no task any more, or whose tasks are all in another pack as well."""
+    there = set(project.store.list(project.key("features", fit.version)))
+    index = project.index()  # read after the listing: a round that begins now may be adding to both
+    if not index:
+        return set()
+    features = held(ctx, project, fit, index)
+    used = {features.packs[number].key for number, _ in features.places.values()}
+    return there - used - {key.removesuffix(".f16") + ".npz" for key in used}
+
+
 def join_packs(ctx: Context, project: Project, fit: Fit, index: Index) -> None:
-    """Join small packs once there are many, as tasks that come one by one leave them, and drop what is of no task."""
+    """Write small packs once more as large ones when there are many, as tasks that come one by one leave them."""
     there = held(ctx, project, fit, index)
-    rows: dict[int, list[int]] = {number: [] for number in range(len(there.packs))}
+    rows: dict[int, list[int]] = {}
     for task, (number, _) in there.places.items():
-        rows[number].append(task)
+        rows.setdefault(number, []).append(task)
     small = [number for number, tasks in rows.items() if len(tasks) < PACK // 2]
     if len(small) < MANY:
         return
@@ -281,10 +292,6 @@ def join_packs(ctx: Context, project: Project, fit: Fit, index: Index) -> None:
     for start in range(0, len(tasks), PACK):
         records = [index[task] for task in tasks[start : start + PACK]]
         write_pack(ctx, project, fit, records, torch.cat(features)[start : start + PACK])
-    for number in small:
-        key = there.packs[number].key
-        project.store.delete(key.removesuffix(".f16") + ".npz")
-        project.store.delete(key)
 
 
 @dataclass(frozen=True)
@@ -325,11 +332,15 @@ class Held:
 
 
 def held(ctx: Context, project: Project, fit: Fit, index: Index) -> Held:
-    """The features of the tasks of an index that are in the store, of their images as they now are."""
-    found, places, size = list(packs(project, fit)), dict[int, tuple[int, int]](), ctx.settings.image_size
-    for number, pack in enumerate(found):
-        for row, (task, image) in enumerate(zip(pack.tasks.tolist(), pack.images.tolist(), strict=True)):
-            record = index.get(task)
-            if record is not None and image == image_digest(record, size):
-                places[task] = number, row
-    return Held(fit, found, places)
+    """The features of the tasks of an index that are in the store, of their images as they now are.
+
+    Of a task that is in several packs those of the pack with the most tasks of the index.
+    """
+    images = {task: image_digest(record, ctx.settings.image_size) for task, record in index.items()}
+    found = []
+    for pack in packs(project, fit):
+        pairs = zip(pack.tasks.tolist(), pack.images.tolist(), strict=True)
+        found.append((pack, [row for row, (task, image) in enumerate(pairs) if images.get(task) == image]))
+    found.sort(key=lambda each: (len(each[1]), -len(each[0].tasks)))
+    places = {int(pack.tasks[row]): (number, row) for number, (pack, rows) in enumerate(found) for row in rows}
+    return Held(fit, [pack for pack, _ in found], places)

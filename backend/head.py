@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from model.heads import (
 from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
 from model.masks import predict
 from model.pixel_pool import at_pool_pixels
+
+T = TypeVar("T")
 
 #: Images of the pool that weak labels are made of.
 WEAK_IMAGES = 400
@@ -82,6 +84,8 @@ class Summed:
     total: Sums
 
 
+#: Projects whose sums a process keeps: megabytes each, and made again from the store.
+PROJECTS = 20
 #: By store and project.
 SUMMED: dict[tuple[str, int], Summed] = {}
 #: The same of coarse answers: what names them, and their head.
@@ -145,17 +149,14 @@ def lacks_pixels(project: Project, fit: Fit, index: Index) -> set[int]:
     return {record.id for record in labelled(index) if pixels_key(project, fit, record) not in keys}
 
 
-def drop_pixels(project: Project, fit: Fit) -> None:
-    """Delete the pixels of labels that have changed or are gone."""
-    there = project.store.list(project.key("pixels", fit.version))
+def useless_pixels(project: Project, fit: Fit) -> set[str]:
+    """Files with the pixels of labels that have changed or are gone."""
+    there = set(project.store.list(project.key("pixels", fit.version)))
     index = project.index()  # read after the listing: a round that begins now may be adding to both
-    for key in set(there) - {pixels_key(project, fit, record) for record in index.values()} if index else ():
-        project.store.delete(key)
+    return there - {pixels_key(project, fit, record) for record in index.values()} if index else set()
 
 
-def learn(
-    ctx: Context, project: Project, index: Index, config: ProjectConfig, features: Held, number: int
-) -> tuple[Model, bool]:
+def learn(ctx: Context, project: Project, index: Index, config: ProjectConfig, features: Held, number: int) -> Model:
     """Have the model in force know all labels there are.
 
     Args:
@@ -167,8 +168,8 @@ def learn(
         number: of the round, for the name of a new model.
 
     Returns:
-        The model in force, and whether it is new. Where no head can be made of the labels, the former one stays, the
-        reason is left where `status` looks, and it is tried again.
+        The model in force. Where no head can be made of the labels, the former one stays, the reason is left where
+        `status` looks, and it is tried again.
     """
     before = load_model(project)
     try:
@@ -179,7 +180,7 @@ def learn(
         keep_model(ctx, project, f"model-{number}", error)
         ctx.board.retry_later(project.id)
     fits = before and before.head and before.fit == features.fit.version and before.head.classes == config.classes.fine
-    return (before if before and fits else Model("", None, None, {}, features.fit.version)), False
+    return before if before and fits else Model("", None, None, {}, features.fit.version)
 
 
 def learn_labels(
@@ -190,7 +191,7 @@ def learn_labels(
     features: Held,
     number: int,
     before: Model | None,
-) -> tuple[Model, bool]:
+) -> Model:
     """As `learn`; `before` is the model in force.
 
     Raises:
@@ -200,12 +201,12 @@ def learn_labels(
     names = partial(digest, features.fit, config.classes, said)
     made_of = (project.store.read_json(project.key("model.json")) or {}).get("made_of") if before else None
     if before and made_of == names({str(record.id): record.version for record in labelled(index)}):
-        return before, False
+        return before
     summed, head = sum_labels(project, features.fit, config.classes, labelled(index)), None
     need_finite("sums of labelled pixels", summed.total.weight)
     known = {str(task): v for task, v in summed.versions.items()} if summed.total.labelled.any() else {}
     if before and made_of == names(known):  # without labels whose pixels are lost
-        return before, False
+        return before
     if known:
         head = fit_head(project, index, config.classes, features, summed, coarse)
     elif coarse is not None:
@@ -216,7 +217,7 @@ def learn_labels(
     ctx.board.go_on(project.id)
     answers = sum(record.coarse and not record.error for record in index.values())
     save_model(ctx, project, model, config.classes, names(known), answers)
-    return model, True
+    return model
 
 
 def digest(fit: Fit, classes: Classes, said: str, trained: Mapping[str, str]) -> str:
@@ -235,8 +236,17 @@ def sum_labels(project: Project, fit: Fit, classes: Classes, records: Sequence[T
     for task, version in wanted.items():
         if task not in versions and (new := pixels_of(project, fit, task, version, classes)) is not None:
             total, versions[task] = total + new.sums(classes.fine), version
-    SUMMED[place] = Summed(fit.version, versions, total)
-    return SUMMED[place]
+    summed = Summed(fit.version, versions, total)
+    remember(SUMMED, place, summed)
+    return summed
+
+
+def remember(kept: dict[tuple[str, int], T], place: tuple[str, int], value: T) -> None:
+    """Keep something of a project as the newest of at most `PROJECTS`."""
+    kept.pop(place, None)
+    kept[place] = value
+    while len(kept) > PROJECTS:
+        kept.pop(next(iter(kept)))
 
 
 def without_gone(
@@ -291,7 +301,7 @@ def coarse_head(project: Project, index: Index, config: ProjectConfig, features:
     name = hashlib.sha1(repr([features.fit.version, config.classes, said]).encode()).hexdigest()
     place = (project.store.url, project.id)
     if place not in COARSE or COARSE[place][0] != name:
-        COARSE[place] = name, solve_coarse(project, answered, config, features)
+        remember(COARSE, place, (name, solve_coarse(project, answered, config, features)))
     return COARSE[place][1], name
 
 

@@ -32,11 +32,12 @@ from backend.errors import (
     StartAnew,
 )
 from backend.faults import due_tasks, in_turn
-from backend.features import fit_features, fit_is_stale, held, join_packs, load_fit
+from backend.features import fit_features, fit_is_stale, held, join_packs, load_fit, useless_packs
 from backend.generations import begin, clean_generations, unfinished, unnamed
-from backend.head import drop_pixels, lacks_pixels, learn
+from backend.head import lacks_pixels, learn, useless_pixels
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
+from backend.leftovers import delete_leftovers
 from backend.masks import show_masks
 from backend.measure import measure, test_then_train
 from backend.order import ordered
@@ -247,7 +248,7 @@ def order_at_once(
         return
     features = held(ctx, project, fit, index)
     test_then_train(project, number)
-    model, _ = learn(ctx, project, index, config, features, number)
+    model = learn(ctx, project, index, config, features, number)
     laps.lap("learn")
     show = partial(show_masks, ctx, project, index, fit, model)
     if not forced and in_force(ctx, project, index, config) and not show(served_head(project, index)):
@@ -405,9 +406,10 @@ def clean_store(ctx: Context, project: Project) -> None:
             if name not in keep.get(folder, ()) and not late:
                 project.store.delete(key)
     drop_maps(project)
-    if fit is not None and not ctx.board.busy(project.id):  # a round would miss what it has just written, or reads
-        drop_pixels(project, fit)
+    if fit is not None:
         join_packs(ctx, project, fit, project.index())
+        useless = useless_pixels(project, fit) | useless_packs(ctx, project, fit)
+        delete_leftovers(project, useless, idle=not ctx.board.busy(project.id))
     project.store.sweep(project.key())
 
 

@@ -19,6 +19,7 @@ from backend.context import Context, connect
 from backend.features import Fit, Held, extractor, held, join_packs, make_fit, write_pack
 from backend.head import Model, keep_pixels, lacks_pixels, learn, load_model, pixels_key
 from backend.label_config import ProjectConfig, parse, with_coarse
+from backend.leftovers import delete_leftovers
 from backend.project import Index, Project, TaskRecord
 from backend.settings import Settings
 from model.features import spread_pixels
@@ -62,7 +63,7 @@ class Field:
         return held(self.ctx, self.project, self.fit, index)
 
     def learn(self, index: Index, number: int = 1) -> Model:
-        return learn(self.ctx, self.project, index, self.config, self.held(index), number)[0]
+        return learn(self.ctx, self.project, index, self.config, self.held(index), number)
 
 
 @pytest.fixture
@@ -97,10 +98,32 @@ def test_labels_that_change_and_go_leave_the_head_of_those_that_are_there(field:
 
 def test_nothing_is_learnt_anew_where_nothing_has_changed(field: Field) -> None:
     index = field.labelled({1: "first"})
-    first = learn(field.ctx, field.project, index, field.config, field.held(index), 1)
-    again = learn(field.ctx, field.project, index, field.config, field.held(index), 2)
-    assert (first[0].version, first[1]) == ("model-1", True)
-    assert (again[0].version, again[1]) == ("model-1", False)
+    assert [field.learn(index, number).version for number in (1, 2)] == ["model-1", "model-1"]
+
+
+def test_leftovers_go_at_once_where_nobody_works_and_stay_where_they_are_needed_again(field: Field) -> None:
+    store, project = field.project.store, field.project
+    a, b = project.key("pixels", "a"), project.key("pixels", "b")
+    for key in (a, b):
+        store.write(key, b"1")
+    store.write_json(project.key("state.json"), {"round": 1})
+    delete_leftovers(project, {a, b}, idle=False)
+    store.write_json(project.key("state.json"), {"round": 9})
+    delete_leftovers(project, {a}, idle=False)
+    assert (store.exists(a), store.exists(b)) == (False, True)
+    delete_leftovers(project, {b}, idle=False)
+    assert store.exists(b), "its time begins anew"
+    delete_leftovers(project, {b}, idle=True)
+    assert not store.exists(b)
+
+
+def test_sums_are_kept_of_a_few_projects_alone(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "SUMMED", {})
+    monkeypatch.setattr(head, "PROJECTS", 2)
+    for number in (1, 2, 1, 3):
+        other = replace(field, project=Project(field.ctx.store, number))
+        other.learn(other.labelled({1: "first"}))
+    assert [number for _, number in head.SUMMED] == [2, 3], "those that learnt last"
 
 
 def test_coarse_answers_predict_before_the_first_label(field: Field) -> None:
@@ -174,8 +197,7 @@ def test_a_head_that_is_not_finite_is_not_used_and_the_former_stays(field: Field
     place = (field.project.store.url, field.project.id)
     getattr(head.SUMMED[place].total, part)[1] = torch.nan
     index = field.labelled({1: "first", 2: "first", 3: "first"})
-    model, new = learn(field.ctx, field.project, index, field.config, field.held(index), 2)
-    assert not new
+    model = field.learn(index, 2)
     assert (model.version, model.trained) == ("model-1", before.trained)
     assert_finite(model)
     assert {name: field.project.store.read(field.project.key(name)) for name in saved} == saved
@@ -200,7 +222,7 @@ def test_a_former_head_of_other_classes_or_other_features_is_no_model(field: Fie
                 data = field.project.store.read(pixels_key(field.project, field.fit, index[task])) or b""
                 field.project.store.write(pixels_key(field.project, fit, index[task]), data)
         left = {t: r for t, r in index.items() if t != 1} | {1: replace(index[1], stage="new")}
-        model, _ = learn(field.ctx, field.project, left, field.config, there, 2)
+        model = learn(field.ctx, field.project, left, field.config, there, 2)
         assert bool(model.version) == (fit is field.fit)
 
 
@@ -235,9 +257,20 @@ def test_small_packs_are_joined_and_nothing_is_lost(field: Field, monkeypatch: p
     monkeypatch.setattr(features, "MANY", 4)
     left = {task: record for task, record in field.index.items() if task != 8}
     join_packs(field.ctx, field.project, field.fit, left)
+    store, project = field.project.store, field.project
+    project.save_index(left)
+    useless = features.useless_packs(field.ctx, project, field.fit)
+    assert len(useless) == 2 * len(field.index), "all that was joined"
+    for number, gone in enumerate([False, False, True], 5):
+        project.store.write_json(project.key("state.json"), {"round": number})
+        delete_leftovers(project, useless, idle=False)
+        assert all(store.exists(key) != gone for key in useless), "what a round reads stays until it is over"
     joined = field.held(left)
     assert len(joined.packs) == 1
     assert sorted(joined.packs[0].tasks.tolist()) == sorted(left), "a task that is gone is in no pack"
+    assert features.useless_packs(field.ctx, project, field.fit) == set()
+    join_packs(field.ctx, project, field.fit, left)
+    assert len(field.held(left).packs) == 1
     for task in left:
         now, then = joined.of_image(field.project.store, task), before[task]
         assert now is not None

@@ -216,9 +216,7 @@ def test_a_picture_whose_mask_fails_costs_that_one(pool: Pool, monkeypatch: pyte
     there = labelled(pool, [1, 2])
     assert not there.measure(sorted(pool.index))
     fit = pool.fitted()
-    model, _ = learn(
-        pool.ctx, pool.project, there.index, pool.config, held(pool.ctx, pool.project, fit, there.index), 1
-    )
+    model = learn(pool.ctx, pool.project, there.index, pool.config, held(pool.ctx, pool.project, fit, there.index), 1)
     fails(monkeypatch, fault)
     assert show_masks(pool.ctx, pool.project, there.index, fit, model, [4, RED, 5])
     shown = [task for task in there.index if pool.project.prediction(HEAD_MASKS, task, pool.config.classes.fine)]
