@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from model.classes import Classes
 from model.features import Maps, Pixels, Scaling, spread_pixels
@@ -129,8 +130,11 @@ def opinions(
     features: Tensor, kind_of: NDArray[np.uint8], kinds: Kinds, head: Head | None, coarse: Head | None, classes: Classes
 ) -> tuple[NDArray[np.float32], Tables]:
     """What the heads think of some images: (N, P) probability of foreground, and their tables."""
-    inside = foreground_of(features, head, coarse, classes)
-    return inside, tabulate(kind_of, len(kinds.centres), doubt_of(features, head), inside)
+    shape = (len(features), features.shape[1])
+    found = probabilities_of(features, [known for known in (head, coarse) if known is not None])
+    fine, rough = found[0] if head else None, found[-1] if coarse else None
+    inside = foreground_of(fine, rough, classes, shape)
+    return inside, tabulate(kind_of, len(kinds.centres), doubt_of(fine, shape), inside)
 
 
 def pool_pixels(values: NDArray[np.uint8]) -> Pixels:
@@ -176,30 +180,43 @@ def make_pool(features: Tensor, colours: NDArray[np.uint8], rng: np.random.Gener
     return PixelPool(stored, kinds, kinds.of(reduced), reduced)
 
 
-def probabilities_of(features: Tensor, head: Head) -> Tensor:
-    """(N, P, C) probabilities of stored features, a few images at a time."""
+def probabilities_of(features: Tensor, heads: Sequence[Head]) -> list[Tensor]:
+    """(N, P, C) probabilities of stored features by each head, a few images at a time, which all heads read at once."""
+    if not heads:
+        return []
+    weights, bias = torch.cat([head.weights for head in heads]), torch.cat([head.bias for head in heads])
     with torch.inference_mode():
-        return torch.cat([head.probabilities(part.float()) for part in torch.split(features, CACHED)])
+        logits = torch.cat([linear(part.float(), weights, bias) for part in torch.split(features, CACHED)])
+        by_class = logits.movedim(-1, 0).contiguous()  # a softmax over the last of many short rows is slow
+        parts = torch.split(by_class, [len(head.bias) for head in heads])
+        return [part.softmax(0).movedim(0, -1) for part in parts]
 
 
-def doubt_of(features: Tensor, head: Head | None) -> NDArray[np.float32]:
-    """(N, P) entropy of a head at each pixel, nats; ones while there is none."""
-    if head is None:
-        return np.ones(features.shape[:2], np.float32)
-    p = probabilities_of(features, head)
-    return (-torch.xlogy(p, p).sum(-1)).numpy()
+def doubt_of(fine: Tensor | None, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """(N, P) entropy of the fine head's probabilities (N, P, C), nats; ones while there is no head."""
+    if fine is None:
+        return np.ones(shape, np.float32)
+    return (-torch.xlogy(fine, fine).sum(-1)).numpy()
 
 
-def foreground_of(features: Tensor, head: Head | None, coarse: Head | None, classes: Classes) -> NDArray[np.float32]:
+def foreground_of(
+    fine: Tensor | None, coarse: Tensor | None, classes: Classes, shape: tuple[int, int]
+) -> NDArray[np.float32]:
     """(N, P) probability of foreground: the larger of the coarse head's and the fine head's; a half without either.
 
     The coarse head misses what no coarse answer showed, the fine head what no label has shown yet.
+
+    Args:
+        fine: (N, P, C) probabilities by the fine head; None without one.
+        coarse: (N, P, 2) the same by the coarse head.
+        classes: fine and coarse classes.
+        shape: N and P.
     """
-    opinions = [] if coarse is None else [probabilities_of(features, coarse)[..., 1]]
-    opinions += [] if head is None else [foreground_probability(probabilities_of(features, head), classes)]
-    if not opinions:
-        return np.full(features.shape[:2], 0.5, np.float32)
-    return torch.stack(opinions).amax(0).numpy()
+    found = [] if coarse is None else [coarse[..., 1]]
+    found += [] if fine is None else [foreground_probability(fine, classes)]
+    if not found:
+        return np.full(shape, 0.5, np.float32)
+    return torch.stack(found).amax(0).numpy()
 
 
 def put_first(first: int, rest: Chosen, alone: Chosen) -> Chosen:

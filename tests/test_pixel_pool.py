@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from model.classes import Classes
 from model.features import Extractor, fit_scaling, spread_pixels
@@ -12,7 +13,7 @@ from model.field import render
 from model.heads import Head, coarse_sums, no_sums, solve, sum_up
 from model.kinds import design_variance
 from model.network import SHIPPED
-from model.pixel_pool import FirstRow, PixelPool, doubt_of, foreground_of, make_pool
+from model.pixel_pool import FirstRow, PixelPool, doubt_of, make_pool, opinions, probabilities_of
 
 CLASSES = Classes(("soil", "crop", "weed"), ("background", "vegetation"), ((0,), (1, 2)))
 PIXELS, IMAGES = 80, 16
@@ -37,6 +38,9 @@ class Fields:
         self.head: Head = solve(sums).tempered(4.0)
         self.coarse: Head = solve(coarse_sums(features[2], (self.masks[2] > 0).astype(np.uint8), 2))
 
+    def foreground(self, head: Head | None, coarse: Head | None) -> NDArray[np.float32]:
+        return opinions(self.pool.features, self.pool.kind_of, self.pool.kinds, head, coarse, CLASSES)[0]
+
     def order(self, head: Head | None, labelled: list[int], seed: int = 0) -> FirstRow:
         return FirstRow.of(self.pool, head, self.coarse, CLASSES, labelled, np.random.default_rng(seed))
 
@@ -54,7 +58,7 @@ def test_every_image_without_a_label_has_one_place(fields: Fields, labelled: lis
 
 
 def test_the_first_image_is_chosen_by_design(fields: Fields) -> None:
-    inside = foreground_of(fields.pool.features, None, fields.coarse, CLASSES)
+    inside = fields.foreground(None, fields.coarse)
     found = fields.order(None, [])
     assert found.order[0] == design_variance(fields.pool.reduced, inside).argmin()
     assert found.order.tolist() == fields.order(None, []).order.tolist()
@@ -79,18 +83,19 @@ def test_what_was_labelled_is_worth_less(fields: Fields) -> None:
 
 
 def test_foreground_is_what_either_head_takes_for_it(fields: Fields) -> None:
-    one = foreground_of(fields.pool.features, fields.head, None, CLASSES)
-    other = foreground_of(fields.pool.features, None, fields.coarse, CLASSES)
-    both = foreground_of(fields.pool.features, fields.head, fields.coarse, CLASSES)
-    np.testing.assert_array_equal(both, np.maximum(one, other))
+    one, other = fields.foreground(fields.head, None), fields.foreground(None, fields.coarse)
+    both = fields.foreground(fields.head, fields.coarse)
+    np.testing.assert_allclose(both, np.maximum(one, other), atol=1e-6)
     assert ((both > 0.5) == (fields.masks > 0)).mean() > 0.85
-    assert (foreground_of(fields.pool.features, None, None, CLASSES) == 0.5).all()
+    assert (fields.foreground(None, None) == 0.5).all()
 
 
 def test_doubt_is_entropy(fields: Fields) -> None:
     p = fields.head.probabilities(fields.pool.features.float()).numpy()
-    np.testing.assert_allclose(doubt_of(fields.pool.features, fields.head), -(p * np.log(p)).sum(-1), atol=1e-5)
-    assert (doubt_of(fields.pool.features, None) == 1).all()
+    [found] = probabilities_of(fields.pool.features, [fields.head])
+    np.testing.assert_allclose(found, p, atol=1e-6)
+    np.testing.assert_allclose(doubt_of(found, p.shape[:2]), -(p * np.log(p)).sum(-1), atol=1e-5)
+    assert (doubt_of(None, p.shape[:2]) == 1).all()
 
 
 def test_without_coarse_answers_there_is_an_order_too(fields: Fields) -> None:
