@@ -99,7 +99,7 @@ def grown(project: Project, index: Index, classes: Classes, least: int) -> bool:
     """Whether there are enough labels, and enough more than the network has learnt."""
     info, count = model_info(project), len(labelled(index))
     learnt = len(info.get("trained", ())) if knows(info, classes) else 0
-    return count >= max(least, MORE * learnt)
+    return count >= max(least, MORE * max(learnt, int(info.get("tried", 0))))
 
 
 def trained(ctx: Context, project: Project, index: Index, config: ProjectConfig) -> bool:
@@ -118,6 +118,8 @@ def trained(ctx: Context, project: Project, index: Index, config: ProjectConfig)
         network = resting.training.result()
     except (FloatingPointError, ImageError) as error:
         keep_model(ctx, project, resting.info["version"], error)
+        tried = {**model_info(project), "tried": len(resting.info["trained"])}  # with more labels it may come out well
+        project.store.write_json(project.key("network.json"), tried)
         return True
     ctx.board.go_on(project.id)
     network_to(project, resting.info["version"], network, config.classes, ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_a_training_rests_while_jobs_wait_and_goes_on_where_it_was(
     assert again is not None
     for name, values in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], values)
+
+    for queue in (GPU, DEFAULT):
+        board.queue(queue).empty()
+    index = {task: replace(record, image="/data/upload/none.jpg") for task, record in team.project.index().items()}
+    team.project.save_index(index)
+    team.project.store.delete(team.project.key("network.json"))
+    assert is_wanted(ctx, team.project, index, config)
+    fine_tune(ctx, team.project)
+    assert " is not used, the model in force stays: task 1" in (board.error(team.id) or {})["message"]
+    assert not is_wanted(ctx, team.project, index, config), "what came to nothing waits for more labels"
 
 
 def test_one_job_of_a_project_at_a_time_and_only_when_nothing_waits(make_backend: Callable[..., Backend]) -> None:
