@@ -110,9 +110,18 @@ def served(here: Attached, sizes: Mapping[str, int]) -> set[int]:
     for version in sizes:
         if not version.startswith(QUEUE):
             found |= studio.tasks_with_version(here.id, version)
-    if here.ours is not None and any(int(b["id"]) < int(here.ours["id"]) for b in studio.ml_backends(here.id)):
-        found |= studio.head(here.id)  # served without asking us
-    return found
+    return found | studio.head(here.id) if serves_what_is_stored(here) else found
+
+
+def serves_what_is_stored(here: Attached) -> bool:
+    """Whether Label Studio serves the head's stored prelabels without asking us.
+
+    It asks the project's first ML backend alone, and only while that has the name of the order in force.
+    """
+    if here.ours is None:
+        return False
+    first = all(int(backend["id"]) >= int(here.ours["id"]) for backend in here.studio.ml_backends(here.id))
+    return not first or here.studio.version_in_force(here.id) != here.ours["title"]
 
 
 def of_versions(task: Row, versions: Collection[str]) -> list[Row]:

@@ -32,7 +32,7 @@ from backend.attach import apply, plan
 from backend.attached import PAGE, look
 from backend.cli import main
 from backend.coarse_answers import copies_of, digest
-from backend.connection import SECRET_HEADER, keeper_account, keeper_address, recorded
+from backend.connection import SECRET_HEADER, credentials, keeper_account, keeper_address, recorded
 from backend.detach import detach
 from backend.detach_answers import Choice, delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
@@ -83,13 +83,20 @@ def around(team: Team) -> dict[str, Any]:
 
 @pytest.fixture
 def team(share_backend: Share, pictures: Pictures) -> Team:
-    """An attached project, on which no round begins any more."""
+    """An attached project, on which no round begins any more; Label Studio asks us for prelabels."""
     team = Team(share_backend(FIRSTROW_COARSE_TASKS="1"), pictures)
     team.studio.patch_project(team.id, label_config=WITH_CHOICE)
     team.attach()
     team.settle()
+    wait_for(lambda: named(team))
     team.backend.context.board.stop(team.id)
     return team
+
+
+def named(team: Team) -> bool:
+    """Whether our ML backend has the name of the order in force."""
+    [backend] = team.studio.ml_backends(team.id)
+    return bool(backend["title"] == team.studio.version_in_force(team.id))
 
 
 def answers(team: Team, person: LabelStudio, tasks: list[int]) -> list[Row]:
@@ -653,6 +660,22 @@ def test_a_project_of_open_prelabels_goes_with_a_detach_of_another_day(
     assert run(team, *detach) == 0
     assert left() == {others}, "that is another project's"
     team.studio.delete_project(others)
+
+
+def test_what_was_served_before_we_are_asked_can_be_submitted_after_a_detach(
+    team: Team, make_user: Callable[[str], LabelStudio]
+) -> None:
+    [backend] = team.studio.ml_backends(team.id)
+    queue, anna = team.project.state()["queue"], make_user("anna")
+    titled = {**credentials(team.backend.context.settings, team.id), "title": "first-row-0"}
+    team.studio.patch_ml(backend["id"], **titled)  # as between an order and its cleaning up
+    team.studio.patch_project(team.id, model_version=queue)
+    opened = anna.next_task(team.id)
+    shown = shown_prediction(opened)  # type: ignore[arg-type]
+    assert (shown or {})["model_version"] == queue
+    assert run(team, "detach", "--project", str(team.id)) == 0
+    given = anna.create_annotation(opened["id"], shown["result"], **started_from(opened))  # type: ignore[index,arg-type]
+    assert given["parent_prediction"] == shown["id"]  # type: ignore[index]
 
 
 def test_no_open_editor_loses_its_work_by_a_detach_that_keeps_coarse_labels(
