@@ -57,6 +57,8 @@ ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 IN_ROUND = {"fit_codebook", "prepare", "plan_round", "train", "plan_scores", "score", "publish"}
 #: Seconds until a round that failed by a fault that may heal is tried again, the first time, the second time, ...
 PAUSES = (5, 30, 120, 600)
+#: Seconds until cleaning up that failed is tried again.
+PUT_OFF = 30
 #: Seconds for which a project that was stopped, then forgotten, stays stopped: what was under way comes to nothing.
 STOPPED = 60
 #: Seconds after which another worker looks at the counters of a project, when one has died while it looked.
@@ -542,6 +544,17 @@ class Board:
             return
         if self.redis.delete(wanted):
             self.enqueue("fine_tune", project, job_id=f"fine_tune-{project}-1")
+
+    def clean_later(self, project: int) -> None:
+        """Have what earlier rounds left cleaned up after a pause: cleaning up has failed."""
+        self.redis.set(_key(project, "clean"), time.time() + PUT_OFF)
+
+    def clean_due(self, project: int) -> None:
+        """Queue the cleaning up whose pause is over."""
+        when = self.redis.get(_key(project, "clean"))
+        due = isinstance(when, bytes) and float(when) < time.time()
+        if due and not self.busy(project) and self.redis.delete(_key(project, "clean")):
+            self.enqueue("clean", project)
 
     def forgot(self) -> bool:
         """True for one caller after Redis has lost its memory."""

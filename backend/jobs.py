@@ -87,6 +87,7 @@ def step(job: Callable[Concatenate[Context, Project, P], None]) -> Callable[...,
             reason = str(error) if known else f"{type(error).__name__}: {error} (the worker's log says more)"
             if name == "clean":
                 log.warning("project %d: cleaning up is put off: %s", project, reason, exc_info=not known)
+                ctx.board.clean_later(project)
                 return
             if name == "reconcile" and heals(error):
                 ctx.board.uncounted(project)

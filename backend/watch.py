@@ -112,6 +112,7 @@ class Watch:
         projects = self._projects()
         for project in projects:
             self.board.retry_due(project)
+            self.board.clean_due(project)
             self.board.fine_tune(project)
         if time.monotonic() > self.rescue_at:
             began = time.monotonic()

@@ -36,7 +36,7 @@ from backend.connection import SECRET_HEADER, credentials, keeper_account, keepe
 from backend.detach import detach
 from backend.detach_answers import Choice, delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
-from backend.enqueue import DEFAULT, STOPPED
+from backend.enqueue import DEFAULT, PUT_OFF, STOPPED
 from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
 from backend.label_config import parse, with_coarse
@@ -88,7 +88,7 @@ def team(share_backend: Share, pictures: Pictures) -> Team:
     team.studio.patch_project(team.id, label_config=WITH_CHOICE)
     team.attach()
     team.settle()
-    wait_for(lambda: named(team))
+    wait_for(lambda: named(team), PUT_OFF + 60, team.log)
     team.backend.context.board.stop(team.id)
     return team
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from team import SEG, Team, wait_for
 
 from backend.embedded import Studio, backend_settings
+from backend.enqueue import PUT_OFF
 from backend.labelstudio import LabelStudio
 from backend.score import scored
 from backend.settings import Settings
@@ -148,16 +148,15 @@ def seconds_until_noticed(team: Team, change: Callable[[Team], object]) -> float
     """Change something; how long it takes until a round begins."""
     board, began = team.backend.context.board, time.monotonic()
     change(team)
-    wait_for(lambda: board.busy(team.id), 60, team.log)
+    wait_for(lambda: board.busy(team.id), NOTICED, team.log)
     return time.monotonic() - began
 
 
-def soon() -> float:
-    """Seconds within which a lost event must be made good: 15 on a quiet machine."""
-    return 15 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+#: Seconds in which a lost event is noticed at the latest, however busy the machine: a pause, and a look.
+NOTICED = LATEST + 30
 
 
-def test_a_lost_event_is_made_good_within_seconds(team: Team, pictures: Pictures) -> None:
+def test_a_lost_event_is_made_good_by_the_counters(team: Team, pictures: Pictures) -> None:
     team.settle()
     tasks = set(team.masks)
 
@@ -172,7 +171,6 @@ def test_a_lost_event_is_made_good_within_seconds(team: Team, pictures: Pictures
         for change in (segment, redraw, erase, add, remove):
             before, began = team.backend.round(team.id), time.monotonic()
             noticed = seconds_until_noticed(team, change)
-            assert noticed < soon()
             team.backend.wait(team.id, before)
             log.info(
                 "%s: noticed after %.1f s, an order after %.1f", change.__name__, noticed, time.monotonic() - began
@@ -221,12 +219,11 @@ def test_lost_changes_of_the_label_config_are_noticed_and_what_came_after_a_fail
     with unheard(team):
         unusable = config[:end] + more + config[end:]
         changed = seconds_until_noticed(team, lambda team: team.studio.patch_project(team.id, label_config=unusable))
-        assert changed < soon()
         log.info("label config: noticed after %.1f s", changed)
         wait_for(lambda: not board.busy(team.id), 60, team.log)
         assert "several controls for masks" in (board.error(team.id) or {})["message"]
         assert board.wished(team.id)
-        assert seconds_until_noticed(team, repair) < soon()
+        seconds_until_noticed(team, repair)
         team.settle()
         assert team.project.index()[task].stage == "full"
     assert board.error(team.id) is None
@@ -513,7 +510,7 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
     task, before = slow.ranking()[-1], slow.backend.round(slow.id)
     with unheard(slow):
         slow.segment(task)
-        wait_for(lambda: slow.project.index()[task].stage == "full", soon(), slow.log)
+        wait_for(lambda: slow.project.index()[task].stage == "full", NOTICED, slow.log)
         slow.backend.wait(slow.id, before, 60)
         slow.settle()
 
@@ -550,8 +547,7 @@ def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
     assert not slow.backend.context.board.wished(slow.id)
     queue = slow.project.state()["queue"]
     assert title(slow) != queue
-    slow.backend.context.board.reconcile(slow.id)
-    wait_for(lambda: title(slow) == queue, 60, slow.log)
+    wait_for(lambda: title(slow) == queue, PUT_OFF + 60, slow.log)
 
 
 def title(team: Team) -> str:
