@@ -35,6 +35,8 @@ KEEP_ORDERS = 3600
 MOST_ORDERS, MOST_PREDICTIONS = 20, 50_000
 #: Seconds for which old prelabels are gathered under one version, so that versions do not grow with orders.
 GATHER = 6 * 3600
+#: Times that our ML backend is given its name, where it is lost.
+TRIES = 3
 
 
 def queue_name(number: int) -> str:
@@ -59,11 +61,18 @@ def remember(project: Project, number: int, tasks: Sequence[int], queue: str) ->
     project.store.write_json(project.key("generations.json"), known)
 
 
-def begin(project: Project, number: int) -> None:
-    """Note that predictions may be named after a round from now on, also if it dies before its order is served."""
+def begin(project: Project, number: int) -> bool:
+    """Note that predictions may be named after a round from now on, also if it dies before its order is served.
+
+    Returns:
+        Whether that was noted before: the round has died, and goes on.
+    """
     known = history(project)
-    known.setdefault(str(number), {"published": time.time(), "head": []})
+    if again := str(number) in known:
+        return again
+    known[str(number)] = {"published": time.time(), "head": []}
     project.store.write_json(project.key("generations.json"), known)
+    return again
 
 
 def history(project: Project) -> dict[str, Any]:
@@ -279,8 +288,14 @@ def bucket(project: Project, number: int, known: dict[str, Any]) -> int:
 
 
 def take_name(ctx: Context, project: Project) -> None:
-    """Give our ML backend the name of the order in force, where Label Studio asks us for prelabels."""
-    if (backend := unnamed(ctx, project)) is not None:
+    """Give our ML backend the name of the order in force, where Label Studio asks us for prelabels.
+
+    Label Studio saves all ML backends of a project as it lists them, as it read them before it asked whether they are
+    up: a title that comes in between, while somebody has its page *Model* open, is lost. So it is looked at again.
+    """
+    for _ in range(TRIES):
+        if (backend := unnamed(ctx, project)) is None:
+            return
         title = project.state()["queue"]
         ctx.studio.patch_ml(backend["id"], **credentials(ctx.settings, project.id), title=title)
 

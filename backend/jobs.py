@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec
 
 from backend import fine_tuning
 from backend.attach import check
-from backend.connection import HIGHEST, need_backend
+from backend.connection import HIGHEST
 from backend.context import Context, context
 from backend.enqueue import IN_ROUND, progress
 from backend.errors import (
@@ -273,14 +273,12 @@ def serve(
     laps: Laps | None = None,
 ) -> None:
     """Have Label Studio serve these places; `before` is the index in the store, `index` what is known now."""
-    need_backend(ctx.studio, project.id, ctx.settings)  # as late as can be: what follows touches people's work
-    check_config(ctx, project)
     called = call_back(ctx, project, index, places)
     if called != before:
         ctx.board.go_on(project.id)
         project.save_index(called)
-    begin(project, number)
-    publish_order(ctx, project, called, config, places, number, show)
+    again = begin(project, number)
+    publish_order(ctx, project, called, config, places, number, show, again)
     if (asked := mark_asked(called, places)) != called:
         ctx.board.go_on(project.id)
         project.save_index(asked)

@@ -25,6 +25,7 @@ from backend.coarse_answers import (
     record_of,
     untouched,
 )
+from backend.connection import need_backend
 from backend.context import Context
 from backend.errors import InUseError, JobError, LabelStudioError
 from backend.faults import noted
@@ -60,6 +61,7 @@ def publish_order(
     places: Sequence[Place],
     number: int,
     show: Show | None = None,
+    again: bool = True,
 ) -> dict[str, Any]:
     """Have Label Studio serve exactly these places, in this order.
 
@@ -74,10 +76,16 @@ def publish_order(
         places: the order.
         number: of the round.
         show: has the store hold the masks of these tasks, where they are not made for all beforehand.
+        again: whether an earlier try of the round may have left something.
 
     Returns:
         The project's new state, already stored.
+
+    Raises:
+        NotAttached: our ML backend is gone from the project; nothing was changed.
+        StartAnew: the label config was changed; the old order stays in force.
     """
+    need_backend(ctx.studio, project.id, ctx.settings)
     show = show or (lambda _: None)
     tasks = [place.task for place in places]
     show([place.task for place in places if place.ask == "coarse"])  # guesses of clusters go by them
@@ -94,6 +102,8 @@ def publish_order(
         show(tasks[:HEAD])
     elif places:
         show(tasks[:HEAD])
+        if again:
+            delete_half(ctx, project, state["queue"])
         send(ctx, project, config, places, state)
         ctx.board.go_on(project.id)
         check_config(ctx, project)
@@ -129,7 +139,7 @@ def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, 
         return None
     if not set(tasks) <= set(served["tasks"]):
         return None  # a task without a place would never be served
-    return served if ctx.studio.version_in_force(project.id) == served["queue"] else None
+    return served if check_config(ctx, project)["model_version"] == served["queue"] else None
 
 
 def move_head(
@@ -237,7 +247,6 @@ def send(ctx: Context, project: Project, config: ProjectConfig, places: Sequence
         result = regions(project, config, place.task, state) if position < HEAD else []
         score = full_score(position, len(places))
         rows.append({"task": place.task, "result": result, "score": score, "model_version": state["queue"]})
-    delete_half(ctx, project, state["queue"])
     new = move(ctx, project, rows, state["queue"])
     for start in range(0, len(new), CHUNK):
         chunk = new[start : start + CHUNK]
@@ -268,14 +277,15 @@ def call_back(ctx: Context, project: Project, index: Index, places: Sequence[Pla
 
     Copy first, then change: a death in between leaves the annotation as it was, and the next round starts over.
     """
-    index = dict(index)
-    for place in places:
-        record = index[place.task]
-        if record.stage == "coarse" and record.callable and not record.error:
-            try:
-                index[place.task] = reopen(ctx, project, record)
-            except Exception as error:
-                index[place.task] = noted(ctx.studio, project.id, record, error)
+    index, records = dict(index), (index[place.task] for place in places)
+    due = [record for record in records if record.stage == "coarse" and record.callable and not record.error]
+    if due:
+        need_backend(ctx.studio, project.id, ctx.settings)  # as late as can be: what follows touches people's work
+    for record in due:
+        try:
+            index[record.id] = reopen(ctx, project, record)
+        except Exception as error:
+            index[record.id] = noted(ctx.studio, project.id, record, error)
     return index
 
 

@@ -96,17 +96,21 @@ def refresh_config(ctx: Context, project: Project, save: bool = True) -> Project
     return config
 
 
-def check_config(ctx: Context, project: Project) -> None:
+def check_config(ctx: Context, project: Project) -> Row:
     """Look whether the label config, and what becomes of skipped tasks, still is what this round began with.
+
+    Returns:
+        Both as they are, and `model_version`, the version of predictions in force.
 
     Raises:
         StartAnew: it is not.
     """
-    now = ctx.studio.some_settings(project.id, "label_config", "skip_queue")
+    now = ctx.studio.some_settings(project.id, "label_config", "skip_queue", "model_version")
     if config_digest(str(now["label_config"])) != config_digest(project.label_config()):
         raise StartAnew("the label config was changed during the round: it starts anew")
     if now["skip_queue"] != project.extra().get("skips"):
         raise StartAnew("what becomes of skipped tasks was changed during the round: it starts anew")
+    return now
 
 
 def sync(ctx: Context, project: Project, config: ProjectConfig) -> tuple[Index, set[int]]:

@@ -36,9 +36,10 @@ from backend.connection import SECRET_HEADER, credentials, keeper_account, keepe
 from backend.detach import detach
 from backend.detach_answers import Choice, delete_if_same, undo_answers
 from backend.embedded import Studio, backend_settings
-from backend.enqueue import DEFAULT, PUT_OFF, STOPPED
+from backend.enqueue import DEFAULT, STOPPED
 from backend.errors import AttachRefused
 from backend.export_coarse import export_answers
+from backend.generations import clean_generations
 from backend.label_config import parse, with_coarse
 from backend.labelstudio import LabelStudio
 from backend.publish import reopen, set_aside
@@ -88,13 +89,17 @@ def team(share_backend: Share, pictures: Pictures) -> Team:
     team.studio.patch_project(team.id, label_config=WITH_CHOICE)
     team.attach()
     team.settle()
-    wait_for(lambda: named(team), PUT_OFF + 60, team.log)
+    wait_for(lambda: named(team), 60, team.log)
     team.backend.context.board.stop(team.id)
     return team
 
 
 def named(team: Team) -> bool:
-    """Whether our ML backend has the name of the order in force."""
+    """Have our ML backend take the name of the order in force; whether it has it.
+
+    Each look makes Label Studio save it as it was before, and the worker, too, gives it its name.
+    """
+    clean_generations(team.backend.context, team.project)
     [backend] = team.studio.ml_backends(team.id)
     return bool(backend["title"] == team.studio.version_in_force(team.id))
 

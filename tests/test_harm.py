@@ -23,6 +23,7 @@ from team import SEG, Team, wait_for
 
 from backend.embedded import Studio, backend_settings
 from backend.enqueue import PUT_OFF
+from backend.generations import take_name
 from backend.labelstudio import LabelStudio
 from backend.score import scored
 from backend.settings import Settings
@@ -364,6 +365,28 @@ class Slow(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
+
+
+def test_a_name_that_label_studio_loses_is_given_again(slow: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow.settle()
+    queue, patch = slow.project.state()["queue"], LabelStudio.patch_ml
+    (backend,) = slow.studio.ml_backends(slow.id)
+
+    def lose() -> None:
+        """What is left when Label Studio saves an ML backend as it was."""
+        patch(slow.studio, backend["id"], title="first-row-0")
+        slow.studio.patch_project(slow.id, model_version=queue)
+
+    def patch_and_lose(studio: LabelStudio, number: int, **fields: object) -> None:
+        monkeypatch.undo()  # the next one is not lost
+        patch(studio, number, **fields)
+        lose()
+
+    with slow.without_rounds():
+        lose()
+        monkeypatch.setattr(LabelStudio, "patch_ml", patch_and_lose)
+        take_name(slow.backend.context, slow.project)
+        assert (title(slow), slow.studio.version_in_force(slow.id)) == (queue, queue)
 
 
 class Late(Slow):
