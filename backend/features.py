@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mmap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,10 +111,10 @@ class Pack:
 
     def features(self, store: Store) -> Tensor | None:
         """(N, P, D) standardised, finite, in half precision; None where they are lost, damaged ones are deleted."""
-        data = store.read(self.key)
+        data = store.map(self.key)
         whole = data is not None and len(data) == 2 * self.kinds.size * self.width
         if data is None or not whole or not self._is_whole(data):
-            store.discard(self.key, data)
+            store.discard(self.key, store.read(self.key))
             return None
         return self._as_tensor(data, len(self.tasks))
 
@@ -124,15 +125,15 @@ class Pack:
             return None if every is None else every[row]
         size = 2 * self.kinds.shape[1] * self.width
         data = store.read(self.key, row * size, (row + 1) * size)
-        return None if data is None or len(data) != size else self._as_tensor(data, 1)[0]
+        return None if data is None or len(data) != size else self._as_tensor(bytearray(data), 1)[0]
 
-    def _is_whole(self, data: bytes) -> bool:
+    def _is_whole(self, data: bytearray | mmap.mmap) -> bool:
         if self.key not in WHOLE and zlib.crc32(data) == self.checksum and np.isfinite(np.frombuffer(data, "f2")).all():
             WHOLE.add(self.key)
         return self.key in WHOLE
 
-    def _as_tensor(self, data: bytes, count: int) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=torch.float16).view(count, self.kinds.shape[1], self.width)
+    def _as_tensor(self, data: bytearray | mmap.mmap, count: int) -> Tensor:
+        return torch.frombuffer(data, dtype=torch.float16).view(count, self.kinds.shape[1], self.width)
 
 
 @lru_cache(maxsize=1)

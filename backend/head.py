@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from backend.features import Fit, Held, extractor, finite
 from backend.label_config import ProjectConfig
 from backend.learn import curve_row, keep_model
 from backend.named_maps import renumbered
-from backend.project import Index, Project, TaskRecord, labelled, pool
+from backend.project import Index, Project, TaskRecord, labelled, pool, remember
 from model.classes import IGNORE, Classes
 from model.features import Maps
 from model.heads import (
@@ -37,8 +37,6 @@ from model.heads import (
 from model.instant import LABELLED, WEAK, WEAK_UNTIL, head_from_coarse, head_of, left_out_of
 from model.masks import predict
 from model.pixel_pool import at_pool_pixels
-
-T = TypeVar("T")
 
 #: Images of the pool that weak labels are made of.
 WEAK_IMAGES = 400
@@ -237,16 +235,8 @@ def sum_labels(project: Project, fit: Fit, classes: Classes, records: Sequence[T
         if task not in versions and (new := pixels_of(project, fit, task, version, classes)) is not None:
             total, versions[task] = total + new.sums(classes.fine), version
     summed = Summed(fit.version, versions, total)
-    remember(SUMMED, place, summed)
+    remember(SUMMED, place, summed, PROJECTS)
     return summed
-
-
-def remember(kept: dict[tuple[str, int], T], place: tuple[str, int], value: T) -> None:
-    """Keep something of a project as the newest of at most `PROJECTS`."""
-    kept.pop(place, None)
-    kept[place] = value
-    while len(kept) > PROJECTS:
-        kept.pop(next(iter(kept)))
 
 
 def without_gone(
@@ -301,7 +291,7 @@ def coarse_head(project: Project, index: Index, config: ProjectConfig, features:
     name = hashlib.sha1(repr([features.fit.version, config.classes, said]).encode()).hexdigest()
     place = (project.store.url, project.id)
     if place not in COARSE or COARSE[place][0] != name:
-        remember(COARSE, place, (name, solve_coarse(project, answered, config, features)))
+        remember(COARSE, place, (name, solve_coarse(project, answered, config, features)), PROJECTS)
     return COARSE[place][1], name
 
 

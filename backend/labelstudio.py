@@ -19,8 +19,7 @@ Row = dict[str, Any]
 PAGE = 1000
 #: Tasks asked for at once with all their masks.
 FULL_PAGE = 20
-#: Tasks that are asked for to see what changed last, and their fields.
-NEWEST = 20
+#: Fields of the tasks that changed last.
 COUNTED = "id,updated_at,total_annotations,cancelled_annotations"
 #: Why Label Studio answers 500 to every listing with a certain task.
 UNSHOWN = "an annotation or a draft there holds what it cannot write, half a character for example"
@@ -143,10 +142,10 @@ class LabelStudio:
         query = _where("updated_at", "greater", "Datetime", when) | {"ordering": ["-tasks:updated_at"]}
         return self._listing(project, query, PAGE, include=LIGHT)
 
-    def newest_tasks(self, project: int) -> tuple[list[Row], int, int]:
-        """The tasks that were changed last, newest first, at most `NEWEST`; numbers of tasks and of annotations."""
+    def newest_tasks(self, project: int, most: int) -> tuple[list[Row], int, int]:
+        """The tasks that were changed last, newest first, at most so many; numbers of tasks and of annotations."""
         query = {"ordering": ["-tasks:updated_at"]}
-        params = {"project": project, "page": 1, "page_size": NEWEST, "query": json.dumps(query)}
+        params = {"project": project, "page": 1, "page_size": most, "query": json.dumps(query)}
         answer = self.http.call("GET", "/api/tasks/", params={**params, "include": COUNTED, "resolve_uri": "false"})
         return list(answer["tasks"]), int(answer["total"]), int(answer["total_annotations"])
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from model.clusters import DEFAULT_K, Codebook
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Stage = Literal["new", "coarse", "returned", "full", "other"]
 #: Changes when records get another meaning: an index of another format is made anew.
 FORMAT = 2
@@ -102,6 +103,34 @@ class TaskRecord:
 Index = dict[int, TaskRecord]
 
 
+class SavedIndex(NamedTuple):
+    """An index as the store has it.
+
+    Attributes:
+        data: the file; None where there is none, or none that can be used.
+        meaning: names the label config by which its labels were read.
+        tasks: by id; never changed.
+    """
+
+    data: bytes | None
+    meaning: str
+    tasks: Index
+
+
+#: Indexes as this process saw them last, by store and project; a round asks for its project's many times.
+INDEXES: dict[tuple[str, int], SavedIndex] = {}
+#: ... of this many projects.
+MOST = 4
+
+
+def remember(kept: dict[tuple[str, int], T], place: tuple[str, int], value: T, most: int) -> None:
+    """Keep something of a project as the newest of at most `most`."""
+    kept.pop(place, None)
+    kept[place] = value
+    while len(kept) > most:
+        kept.pop(next(iter(kept)), None)
+
+
 @dataclass(frozen=True)
 class Project:
     """The store's folder of one project.
@@ -142,21 +171,35 @@ class Project:
 
     def index(self) -> Index:
         """Every task of the project as last seen, by id."""
-        saved = self.store.read_json(self.key("index.json"))
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            return {}  # of another release: everything is read again from Label Studio
-        return {row["id"]: TaskRecord.from_json(row) for row in saved["tasks"]}
+        return dict(self._saved_index().tasks)
 
     def save_index(self, index: Index, config: ProjectConfig | None = None) -> None:
         """Replace the index; `config` is the label config by which its labels were read, the same as before if None."""
-        meaning = self.index_meaning() if config is None else config.meaning
-        rows = [index[i].to_json() for i in sorted(index)]
-        self.store.write_json(self.key("index.json"), {"format": FORMAT, "meaning": meaning, "tasks": rows})
+        saved = self._saved_index()
+        meaning = saved.meaning if config is None else config.meaning
+        if saved.data is not None and (saved.meaning, saved.tasks) == (meaning, index):
+            return
+        tasks = {i: index[i] for i in sorted(index)}
+        rows = [record.to_json() for record in tasks.values()]
+        data = self.store.write_json(self.key("index.json"), {"format": FORMAT, "meaning": meaning, "tasks": rows})
+        remember(INDEXES, (self.store.url, self.id), SavedIndex(data, meaning, tasks), MOST)
 
     def index_meaning(self) -> str:
         """Names the label config by which the index's labels were read; empty before the first."""
-        saved = self.store.read_json(self.key("index.json"))
-        return str(saved.get("meaning", "")) if isinstance(saved, dict) else ""
+        return self._saved_index().meaning
+
+    def _saved_index(self) -> SavedIndex:
+        """The index in the store; read anew where it is not what this process saw last."""
+        place, key = (self.store.url, self.id), self.key("index.json")
+        before, data = INDEXES.get(place), self.store.read(key)
+        if before is not None and before.data == data:
+            return before
+        saved = self.store.parsed(key, data)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            return SavedIndex(None, "", {})  # of another release: everything is read again from Label Studio
+        tasks = {row["id"]: TaskRecord.from_json(row) for row in saved["tasks"]}
+        remember(INDEXES, place, found := SavedIndex(data, str(saved.get("meaning", "")), tasks), MOST)
+        return found
 
     def save_shard(self, step: str, number: int, shard: int, records: Iterable[TaskRecord], **more: Any) -> None:
         """Leave the tasks of one job where the job finds them: it need not read those of all others."""

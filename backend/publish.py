@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -158,13 +159,22 @@ def move_head(
     # Counted before anything is sent: after a death in between these scores are not used for another head.
     served = {**served, "changes": served["changes"] + bool(head)}
     project.store.write_json(project.key("served.json"), served)
-    for position, task in enumerate(head):  # the first one first: it is what the next person gets
-        ctx.board.go_on(project.id)
+
+    def prelabel(task: int) -> list[dict[str, Any]]:
         show([task])
-        result, score = regions(project, config, task, state), head_score(served["changes"], position)
-        row = {"task": task, "result": result, "score": score, "model_version": served["queue"]}
-        if move(ctx, project, [row], served["queue"]):
-            ctx.studio.create_prediction(task, result, served["queue"], score)
+        return regions(project, config, task, state)
+
+    with ThreadPoolExecutor(1) as ahead:  # prelabels are made while Label Studio takes in those before
+        coming = [ahead.submit(prelabel, task) for task in head]
+        try:
+            for position, (task, prelabels) in enumerate(zip(head, coming, strict=True)):
+                ctx.board.go_on(project.id)  # the first one first: it is what the next person gets
+                result, score = prelabels.result(), head_score(served["changes"], position)
+                row = {"task": task, "result": result, "score": score, "model_version": served["queue"]}
+                if move(ctx, project, [row], served["queue"]):
+                    ctx.studio.create_prediction(task, result, served["queue"], score)
+        finally:
+            ahead.shutdown(cancel_futures=True)
     served["tasks"] = list(dict.fromkeys([*head, *order]))
     project.store.write_json(project.key("served.json"), served)
 

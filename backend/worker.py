@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -38,6 +39,9 @@ log = logging.getLogger("backend.worker")  # run as a module, its __name__ is an
 #: Seconds: between heartbeats of a running job; without one a job counts as abandoned; between looks around.
 BEAT, SILENCE, TICK = 10, 60, 15
 QUEUES = (GPU, DEFAULT)
+#: When Python looks for garbage that refers to itself. Looking through all that torch is takes a third of a second, and
+#: by Python's own thresholds each index of 10,000 tasks that is read makes it look.
+GARBAGE = (200_000, 20, 50)
 
 
 class ResidentWorker(SimpleWorker):
@@ -115,6 +119,8 @@ class ResidentWorker(SimpleWorker):
         execution = self.prepare_execution(job)
         with self._beating(job, execution):
             good = self.perform_job(job, queue, execution)
+            if not self.board.waiting():
+                give_back_memory()
         self.set_state("idle")
         log.info("%s: %s after %.1f s", name, "done" if good else "failed", time.monotonic() - start)
 
@@ -248,6 +254,7 @@ def work(queues: Sequence[str], name: str, settings: Settings, allowed: Mapping[
     Returns:
         The exit status: 0 when asked to stop, 1 when Redis or rq gave up.
     """
+    gc.set_threshold(*GARBAGE)
     Board.serves = tuple(queues)
     worker = ResidentWorker(Board(settings.redis_url), queues, name, settings.reconcile_seconds, allowed)
     worker.take_up()
@@ -267,6 +274,12 @@ def alive(board: Board) -> list[dict[str, Any]]:
         {"name": worker.name, "queues": worker.queue_names(), "state": worker.get_state()}
         for worker in SimpleWorker.all(connection=board.redis)
     ]
+
+
+def give_back_memory() -> None:
+    """Have glibc return what a job needed and freed; during a job it keeps all of it (supervisor.py)."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def die_with(parent: int) -> None:

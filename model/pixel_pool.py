@@ -18,7 +18,7 @@ from model.classes import Classes
 from model.features import Maps, Pixels, Scaling, spread_pixels
 from model.heads import Head, foreground_probability
 from model.kinds import Chosen, Kinds, Tables, Worth, choose, design_variance, fit_kinds, reason, tabulate, worth_of
-from model.pixel_scores import CACHED
+from model.pixel_scores import few_at_a_time
 
 #: Pixels that are kept of an image.
 PIXELS = 224
@@ -75,10 +75,11 @@ class FirstRow:
         self.tables, self._kinds, self._classes = tables, kinds, classes
         self.worth: Worth = worth_of(tables)
         self.images = np.setdiff1d(np.arange(len(tables.share)), np.asarray(labelled, np.intp))
+        self._place = {image: place for place, image in enumerate(self.images.tolist())}
         share, seen = tables.share[self.images], tables.share[list(labelled)]
         self.chosen: Chosen = choose(share, seen, self.worth, rng)
         if first is not None:
-            place = int(np.searchsorted(self.images, first))
+            place = self._place[first]
             rest = choose(np.delete(share, place, 0), np.concatenate([seen, share[[place]]]), self.worth, rng)
             self.chosen = put_first(place, rest, self.chosen)
 
@@ -114,16 +115,17 @@ class FirstRow:
 
     def gain(self, image: int) -> float:
         """What an image without a label brings, when it got its place."""
-        return float(self.chosen.gain[int(np.searchsorted(self.images, image))])
+        return float(self.chosen.gain[self._place[image]])
 
     def why(self, image: int) -> str:
         """Why an image without a label has its place, in words."""
-        place, share = int(np.searchsorted(self.images, image)), self.tables.share[image]
-        return reason(self.chosen, place, share, self.worth, self._kinds.words, self._classes)
+        return reason(
+            self.chosen, self._place[image], self.tables.share[image], self.worth, self._kinds.words, self._classes
+        )
 
     def kind(self, image: int) -> int:
         """The kind of pixels that an image has its place for; its pixels in the image make a picture of the reason."""
-        return int(self.chosen.kind[int(np.searchsorted(self.images, image))])
+        return int(self.chosen.kind[self._place[image]])
 
 
 def opinions(
@@ -186,7 +188,7 @@ def probabilities_of(features: Tensor, heads: Sequence[Head]) -> list[Tensor]:
         return []
     weights, bias = torch.cat([head.weights for head in heads]), torch.cat([head.bias for head in heads])
     with torch.inference_mode():
-        logits = torch.cat([linear(part.float(), weights, bias) for part in torch.split(features, CACHED)])
+        logits = torch.cat([linear(part.float(), weights, bias) for part in few_at_a_time(features)])
         by_class = logits.movedim(-1, 0).contiguous()  # a softmax over the last of many short rows is slow
         parts = torch.split(by_class, [len(head.bias) for head in heads])
         return [part.softmax(0).movedim(0, -1) for part in parts]

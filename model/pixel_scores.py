@@ -23,6 +23,8 @@ from model.heads import Head
 
 #: Images whose features are in single precision at the same time: so few stay in the processor's cache.
 CACHED = 4
+#: ... and where several threads share them, each of which has to be woken for each part.
+CACHED_TOGETHER = 16
 #: Images whose scores are computed together.
 CHUNK = 64
 #: Passes with dropout, the share of features that each leaves out, and the passes whose masks are taken as labelings.
@@ -367,7 +369,12 @@ def score_pool(
 
 def logits_of(stored: Tensor, head: Head) -> Tensor:
     """(N, P, C) logits of features (N, P, D), a few images at a time."""
-    return torch.cat([head.logits(part.float()) for part in torch.split(stored, CACHED)])
+    return torch.cat([head.logits(part.float()) for part in few_at_a_time(stored)])
+
+
+def few_at_a_time(features: Tensor) -> Sequence[Tensor]:
+    """Parts of some images' features (N, P, D) that stay in the processor's cache."""
+    return torch.split(features, CACHED if torch.get_num_threads() == 1 else CACHED_TOGETHER)
 
 
 def as_integers(array: NDArray[np.integer]) -> Tensor:
