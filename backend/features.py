@@ -150,7 +150,12 @@ def extractor(network: str) -> tuple[Extractor, str, str]:
 
 def image_digest(record: TaskRecord, size: int) -> str:
     """Names the image that features are of."""
-    return hashlib.sha1(f"{size} {record.image}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return _digest(f"{size} {record.image}")
+
+
+@lru_cache(maxsize=1 << 17)
+def _digest(text: str) -> str:
+    return hashlib.sha1(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def load_fit(project: Project) -> Fit | None:
