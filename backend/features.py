@@ -321,8 +321,8 @@ class Held:
             if task in self.places:
                 number, row = self.places[task]
                 rows.setdefault(number, []).append(row)
-        for number, taken in sorted(rows.items()):
-            pack = self.packs[number]
+        for number, unsorted in sorted(rows.items()):
+            pack, taken = self.packs[number], sorted(unsorted)
             features = pack.features(store)
             if features is None:
                 continue

@@ -3,7 +3,7 @@
     start_round -> fit_codebook -> prepare (shards) -> plan_round -> train -> score (shards) -> publish -> clean
 
 With the instant learner `plan_round` learns, ranks and publishes by itself, and `start_round` does all of it where only
-a few tasks have changed.
+a few tasks have changed; only a pool of more than `LARGE` images is scored in shards.
 
 Each looks at the store, does what is missing and may run again: a worker that dies costs only its job.
 """
@@ -32,7 +32,7 @@ from backend.errors import (
     StartAnew,
 )
 from backend.faults import due_tasks, in_turn
-from backend.features import fit_features, fit_is_stale, held, join_packs, load_fit, useless_packs
+from backend.features import Held, fit_features, fit_is_stale, held, join_packs, load_fit, useless_packs
 from backend.generations import begin, clean_generations, unfinished, unnamed
 from backend.head import lacks_pixels, learn, useless_pixels
 from backend.label_config import ProjectConfig
@@ -40,7 +40,7 @@ from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.leftovers import delete_leftovers
 from backend.masks import show_masks
 from backend.measure import measure, test_then_train
-from backend.order import ordered
+from backend.order import NOTHING, kept_scores, ordered, score_shard
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
@@ -57,6 +57,9 @@ P = ParamSpec("P")
 PREPARE_SHARD, SCORE_SHARD = 64, 64
 #: Tasks that the instant learner reads at once, without jobs of their own.
 AT_ONCE = 8
+#: Images of a pool that goes by shards to several workers when it is ranked, and those of a shard. One worker takes a
+#: second for half as many.
+LARGE, LARGE_SHARD = 20_000, 4096
 #: Folders of the store of which only what compares with the order in force is kept.
 CLEANED = ("scores", "clusters", "features", "pixels", "prepared", "shards")
 
@@ -228,6 +231,9 @@ def plan_scores(ctx: Context, project: Project, number: int) -> None:
 @step
 def score(ctx: Context, project: Project, number: int, shard: int) -> None:
     """Score one shard of the pool."""
+    if ctx.settings.learner == "instant":
+        score_shard(ctx, project, number, shard)
+        return
     faulty = score_tasks(ctx, project, project.shard("score", number, shard)[0], project.config())
     note_unscored(project, number, shard, faulty)
 
@@ -235,6 +241,9 @@ def score(ctx: Context, project: Project, number: int, shard: int) -> None:
 @step
 def publish(ctx: Context, project: Project, number: int) -> None:
     """Rank the pool, and have Label Studio serve it in that order."""
+    if ctx.settings.learner == "instant":
+        publish_shards(ctx, project, number)
+        return
     before, config = project.index(), project.config()
     index = unscored(project, number, before)
     serve(ctx, project, number, before, index, config, rank(ctx, project, index, config))
@@ -255,9 +264,38 @@ def order_at_once(
     if not forced and in_force(ctx, project, index, config) and not show(served_head(project, index)):
         ctx.board.finish(project.id, number)
         return
-    order = partial(ordered, ctx, project, index, config, features, model)
+    if len(features.places) > LARGE:
+        queue_shards(ctx, project, index, features, number)
+        project.store.write_json(project.key("laps.json"), laps.taken)
+        return
+    order = partial(ordered, ctx, project, index, config, features, model, NOTHING)
     places = rank(ctx, project, index, config, order)
     laps.lap("rank")
+    serve(ctx, project, number, index, index, config, places, show, laps)
+
+
+def queue_shards(ctx: Context, project: Project, index: Index, features: Held, number: int) -> None:
+    """Queue the scoring of a large pool by the head, then the publishing."""
+    wanted = [r.id for r in [*pool(index), *labelled(index)] if r.id in features.places and not r.error]
+    shards = []
+    for n, tasks in enumerate(split(sorted(wanted, key=features.places.__getitem__), LARGE_SHARD)):
+        project.save_shard("score", number, n, [index[task] for task in tasks])
+        shards.append(ctx.board.enqueue("score", project.id, number, n))
+    ctx.board.enqueue("publish", project.id, number, after=shards)
+
+
+def publish_shards(ctx: Context, project: Project, number: int) -> None:
+    """Rank a large pool by what its shards have found, and have Label Studio serve it in that order."""
+    index, config, fit, laps = project.index(), project.config(), load_fit(project), Laps()
+    if fit is None:
+        raise StartAnew("the scaling of the features was lost during the round: it starts anew")
+    laps.taken |= project.store.read_json(project.key("laps.json")) or {}
+    features = held(ctx, project, fit, index)
+    model = learn(ctx, project, index, config, features, number)
+    order = partial(ordered, ctx, project, index, config, features, model, kept_scores(project, number))
+    places = rank(ctx, project, index, config, order)
+    laps.lap("rank")
+    show = partial(show_masks, ctx, project, index, fit, model)
     serve(ctx, project, number, index, index, config, places, show, laps)
 
 

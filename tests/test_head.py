@@ -279,10 +279,12 @@ def test_small_packs_are_joined_and_nothing_is_lost(field: Field, monkeypatch: p
 
 
 def test_rows_of_a_pack_come_with_their_tasks(field: Field) -> None:
-    there = field.held(field.index)
-    parts = list(there.parts(field.project.store, [5, 2]))
-    assert [ids for ids, _, _ in parts] == [[5, 2]]
-    for task, row in zip(parts[0][0], parts[0][1], strict=True):
-        alone = there.of_image(field.project.store, task)
-        assert alone is not None
-        assert torch.equal(alone, row)
+    there, every = field.held(field.index), sorted(field.index)
+    for wanted in ([5, 2], every, every[::-1], [*every[3:], *every[:3]]):
+        [(ids, rows, kinds)] = there.parts(field.project.store, wanted)
+        assert sorted(ids) == sorted(wanted)
+        for task, row, own in zip(ids, rows, kinds, strict=True):
+            alone = there.of_image(field.project.store, task)
+            assert alone is not None
+            assert torch.equal(alone, row)
+            assert (field.fit.kinds.of(field.fit.kinds.reduced(row[None].numpy()))[0] == own).all()

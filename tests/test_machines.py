@@ -7,22 +7,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import boto3
+import numpy as np
 import psutil
 import pytest
 from conftest import Backend
 from moto.server import ThreadedMotoServer
-from team import cannot_be_shown, wait_for
+from numpy.typing import NDArray
+from rq import Queue
+from rq.job import Job
+from team import GROUPS, Team, cannot_be_shown, wait_for
 
-from backend import generations, publish, spares
+from backend import generations, jobs, publish, spares
 from backend.attach import apply, plan
+from backend.context import context
 from backend.embedded import start_worker
 from backend.enqueue import DEFAULT, GPU, Board
 from backend.features import held, load_fit
 from backend.generations import KEEP_ORDERS, PAGE, gather, remove
 from backend.project import TaskRecord
 from backend.rank import Place
+from backend.worker import ResidentWorker
 
 CONFIG = """<View><Image name="image" value="$image"/><BrushLabels name="fine" toName="image">
 <Label value="Soil"/><Label value="Crop"/></BrushLabels></View>"""
@@ -229,3 +236,57 @@ def served(backend: Backend, project: int) -> int:
         if scores:
             found[int(task["id"])] = min(scores)
     return min(found, key=lambda task: found[task])
+
+
+@pytest.mark.parametrize("strategy", ["first-row", "badge"])
+def test_a_large_pool_is_scored_in_shards_and_ranked_as_at_once(
+    make_backend: Callable[..., Backend],
+    pictures: dict[Path, NDArray[np.uint8]],
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+) -> None:
+    backend = make_backend(False, FIRSTROW_COARSE_TASKS="0", FIRSTROW_STRATEGY=strategy)
+    for name, value in backend.environment.items():
+        monkeypatch.setenv(name, value)
+    context.cache_clear()
+    team, board, steps = Team(backend, pictures), backend.context.board, list[str]()
+
+    class Here(ResidentWorker):
+        """One in this process, whose limits a test can set; it notes what it did."""
+
+        def execute_job(self, job: Job, queue: Queue) -> None:
+            super().execute_job(job, queue)
+            steps.append(job.meta["step"])
+            if job.meta["step"] == "score":
+                team.project.store.delete(team.project.key("prepared", job.meta["round"], "scores-0.npz"))  # is lost
+
+    def work() -> dict[str, Any]:
+        """Work until nothing is left; the order."""
+        steps.clear()
+        Here(board, [GPU, DEFAULT], "here", 300).work(burst=True, logging_level="WARNING")
+        assert board.error(team.id) is None
+        rows = team.project.store.read_json(team.project.key("ranking.json"))
+        return {row["task"]: {**row, "utility": pytest.approx(row["utility"], rel=1e-5)} for row in rows}
+
+    apply(plan(team.studio, team.id, backend.context.settings, GROUPS))
+    board.request_round(team.id, "attached")
+    work()
+    first = team.ranking()[0]
+    team.segment(first)
+    wait_for(lambda: board.busy(team.id))
+    work()
+    assert team.project.index()[first].stage == "full"
+    board.request_round(team.id, "by hand", train=True)
+    at_once = work()
+    assert "score" not in steps
+    monkeypatch.setattr(jobs, "LARGE", 3)
+    monkeypatch.setattr(jobs, "LARGE_SHARD", 2)
+    board.request_round(team.id, "by hand", train=True)
+    in_shards = work()
+    context.cache_clear()
+    assert steps.count("score") == -(-len(team.masks) // 2)
+    assert steps[-2:] == ["publish", "clean"]
+    assert list(in_shards) == list(at_once)
+    assert in_shards == at_once
+    assert served(backend, team.id) == next(iter(at_once))
+    assert {"look", "learn", "rank", "publish"} <= team.project.store.read_json(team.project.key("laps.json")).keys()
