@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,6 +39,8 @@ from model.pixel_pool import PIXELS
 SOON = {100: 2.0, 1_000: 2.0, 10_000: 3.0}
 #: Rounds of each measurement.
 ROUNDS = 5
+#: People who submit at once.
+PEOPLE = 3
 #: What a whole order may cost, beside a bare import of as many predictions.
 WHOLE = 1.3
 CONFIG = (
@@ -152,11 +156,14 @@ def submit_items(stage: Stage, tasks: int) -> Iterator[Item]:
             found.append(seconds / SOON[tasks])
             theirs.append(answered / seconds)
             steps.append(project.store.read_json(project.key("laps.json")) or {})
+        together = [submit_together(ctx, project) / SOON[tasks] for _ in range(ROUNDS)]
         memory = max(child.memory_info().rss for child in workers())
     # The first one loads the backbone.
     each = ", ".join(f"{name} {np.median([row[name] for row in steps[1:]]):.0f}" for name in steps[-1])
     said = f"{SOON[tasks]:g} s from Submit to the new head, of {tasks} tasks; milliseconds: {each}"
     yield ratio(f"submit/{SOON[tasks]:g}s {tasks}", 1.0, found[1:], said, processor())
+    said = f"the same, of {PEOPLE} people who submit at once, to a head that has learnt all of it"
+    yield ratio(f"submit/{SOON[tasks]:g}s {tasks} together", 1.0, together, said, processor())
     said = f"1.5 GB of memory of the worker, of {tasks} tasks"
     yield ratio(f"memory/1.5GB {tasks}", 1.0, [memory / 1.5e9], said, processor())
     said = "the same; the answers to Submit and to the question for the next task alone"
@@ -169,11 +176,8 @@ def submit(ctx: Context, project: Project) -> tuple[float, float]:
     Returns:
         All of them, and those that Label Studio took to answer the person's two requests.
     """
-    before, task = int(project.state()["round"]), ctx.studio.next_task(project.id)
+    before, task, result = int(project.state()["round"]), ctx.studio.next_task(project.id), drawn(project)
     assert task is not None
-    mask = np.zeros((96, 128), np.uint8)
-    mask[:, 40:] = 1
-    result = fine_regions(mask, np.full(mask.shape, 255, np.uint8), project.config(), (128, 96))
     start = time.perf_counter()
     ctx.studio.create_annotation(int(task["id"]), result)
     sent = time.perf_counter()
@@ -187,6 +191,26 @@ def submit(ctx: Context, project: Project) -> tuple[float, float]:
     if served is None or served["id"] != head:
         raise JobError(f"Label Studio serves {served and served['id']}, but the new order begins with {head}")
     return taken, theirs
+
+
+def drawn(project: Project) -> list[dict[str, Any]]:
+    """The regions that a person submits."""
+    mask = np.zeros((96, 128), np.uint8)
+    mask[:, 40:] = 1
+    return fine_regions(mask, np.full(mask.shape, 255, np.uint8), project.config(), (128, 96))
+
+
+def submit_together(ctx: Context, project: Project) -> float:
+    """Seconds from several people's submitting at once until an order is served that knows all of it."""
+    before, result = int(project.state()["round"]), drawn(project)
+    tasks = [row["task"] for row in project.store.read_json(project.key("ranking.json"))[:PEOPLE]]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(PEOPLE) as people:
+        list(people.map(lambda task: ctx.studio.create_annotation(task, result), tasks))
+    settle(ctx, project, before)
+    while not all(project.index()[task].labelled for task in tasks):  # an event is still on its way
+        settle(ctx, project, int(project.state()["round"]))
+    return time.perf_counter() - start
 
 
 def workers() -> list[psutil.Process]:
