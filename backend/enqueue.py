@@ -57,8 +57,8 @@ ENDS = {"start_round", "plan_round", "plan_scores", "publish"}
 IN_ROUND = {"fit_codebook", "prepare", "plan_round", "train", "plan_scores", "score", "publish"}
 #: Seconds until a round that failed by a fault that may heal is tried again, the first time, the second time, ...
 PAUSES = (5, 30, 120, 600)
-#: Seconds until cleaning up that failed is tried again.
-PUT_OFF = 30
+#: Seconds until cleaning up that failed is tried again, the first time, the second time, ... in a row.
+PUT_OFF = (30, 120, 600, 3600)
 #: Seconds for which a project that was stopped, then forgotten, stays stopped: what was under way comes to nothing.
 STOPPED = 60
 #: Seconds after which another worker looks at the counters of a project, when one has died while it looked.
@@ -546,8 +546,14 @@ class Board:
             self.enqueue("fine_tune", project, job_id=f"fine_tune-{project}-1")
 
     def clean_later(self, project: int) -> None:
-        """Have what earlier rounds left cleaned up after a pause: cleaning up has failed."""
-        self.redis.set(_key(project, "clean"), time.time() + PUT_OFF)
+        """Have what earlier rounds left cleaned up after a pause, each time a longer one: cleaning up has failed."""
+        tries, keep = int(self.redis.incr(_key(project, "cleaned"))), PUT_OFF[-1] + STOPPED
+        self.redis.expire(_key(project, "cleaned"), keep)
+        self.redis.set(_key(project, "clean"), time.time() + PUT_OFF[min(tries, len(PUT_OFF)) - 1], ex=keep)
+
+    def cleaned(self, project: int) -> None:
+        """Cleaning up went well."""
+        self.redis.delete(_key(project, "clean"), _key(project, "cleaned"))
 
     def clean_due(self, project: int) -> None:
         """Queue the cleaning up whose pause is over."""

@@ -126,8 +126,8 @@ def clean_versions(ctx: Context, project: Project) -> None:
             break
         if old[version] not in buckets(project).values():  # it may be the one under which others are gathered
             ctx.studio.delete_version(project.id, version)
-    known = {**history(project), **known}  # with that of a round beside us
     there = ctx.studio.versions(project.id)
+    known = {**history(project), **known}  # with that of a round beside us
     left = {number for version, number in rounds.items() if version in there}
     young = {int(number) for number, entry in known.items() if entry["published"] > time.time() - KEEP_ORDERS}
     kept = {number: entry for number, entry in known.items() if int(number) in left | young | {current}}

@@ -340,6 +340,7 @@ def clean(ctx: Context, project: Project) -> None:
     """Delete what earlier rounds published, and what only they needed."""
     clean_generations(ctx, project)
     clean_store(ctx, project)
+    ctx.board.cleaned(project.id)
 
 
 @step

@@ -95,9 +95,12 @@ def score_shard(ctx: Context, project: Project, number: int, shard: int) -> None
     """Score one shard of a large pool for the job that ranks it, which scores by itself what is lost."""
     records, _ = project.shard("score", number, shard)
     fit, model, index = load_fit(project), load_model(project), {record.id: record for record in records}
-    if fit is None or model is None:
+    config = project.config()
+    if fit is None or model is None or model.fit != fit.version:
         return
-    found = score(ctx, project, index, project.config(), held(ctx, project, fit, index), model, list(index))
+    if model.head is not None and model.head.classes != config.classes.fine:
+        return
+    found = score(ctx, project, index, config, held(ctx, project, fit, index), model, list(index))
     ctx.board.go_on(project.id)
     key = project.key("prepared", number, f"scores-{shard}.npz")
     project.store.write_arrays(key, {"tasks": np.array(found.tasks, np.int64), **found.values})
@@ -107,7 +110,7 @@ def kept_scores(project: Project, number: int) -> Scored:
     """What the shards of a round have found; nothing of one that is lost."""
     keys = [key for key in project.store.list(project.key("prepared", number)) if "/scores-" in key]
     found = [arrays for key in keys if (arrays := project.store.read_arrays(key)) is not None]
-    return join([Scored(arrays.pop("tasks").tolist(), arrays) for arrays in found])
+    return join([Scored(arrays.pop("tasks").tolist(), arrays) for arrays in found if len(arrays["tasks"])])
 
 
 def ordered(

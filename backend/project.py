@@ -127,8 +127,8 @@ def remember(kept: dict[tuple[str, int], T], place: tuple[str, int], value: T, m
     """Keep something of a project as the newest of at most `most`."""
     kept.pop(place, None)
     kept[place] = value
-    while len(kept) > most:
-        kept.pop(next(iter(kept)), None)
+    for old in list(kept)[:-most]:  # another thread may be at it
+        kept.pop(old, None)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -87,15 +88,16 @@ def publish_order(
         StartAnew: the label config was changed; the old order stays in force.
     """
     need_backend(ctx.studio, project.id, ctx.settings)
+    in_force_now = str(check_config(ctx, project)["model_version"] or "")
     show = show or (lambda _: None)
     tasks = [place.task for place in places]
     show([place.task for place in places if place.ask == "coarse"])  # guesses of clusters go by them
-    served = standing(ctx, project, tasks)
+    served = standing(project, tasks, in_force_now)
     state = new_state(ctx, project, index, config, places, number)
     if served is not None:
         state["queue"] = served["queue"]
     elif not places:  # there is nothing to serve: what Label Studio sorts by stays
-        state["queue"] = ctx.studio.version_in_force(project.id)
+        state["queue"] = in_force_now
     ctx.board.go_on(project.id)
     answer_for(ctx, project, state)
     if served is not None:
@@ -129,8 +131,10 @@ def answer_for(ctx: Context, project: Project, state: dict[str, Any]) -> None:
         ctx.board.set_state(project.id, {**before, **answered})
 
 
-def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, Any] | None:
-    """The large order that Label Studio serves now, if changing its head is enough to serve these tasks; else None.
+def standing(project: Project, tasks: Sequence[int], version: str) -> dict[str, Any] | None:
+    """The large order that Label Studio serves, if changing its head is enough to serve these tasks; else None.
+
+    `version` is the one in force.
 
     Label Studio sorts a task by the lowest score among its predictions of the version in force. So one small prediction
     more takes a task to the front, and the thousands behind it stay as they are until `CHANGES` heads have changed.
@@ -140,7 +144,7 @@ def standing(ctx: Context, project: Project, tasks: Sequence[int]) -> dict[str, 
         return None
     if not set(tasks) <= set(served["tasks"]):
         return None  # a task without a place would never be served
-    return served if check_config(ctx, project)["model_version"] == served["queue"] else None
+    return served if version == served["queue"] else None
 
 
 def move_head(
@@ -165,7 +169,7 @@ def move_head(
         return regions(project, config, task, state)
 
     with ThreadPoolExecutor(1) as ahead:  # prelabels are made while Label Studio takes in those before
-        coming = [ahead.submit(prelabel, task) for task in head]
+        coming = [ahead.submit(copy_context().run, prelabel, task) for task in head]
         try:
             for position, (task, prelabels) in enumerate(zip(head, coming, strict=True)):
                 ctx.board.go_on(project.id)  # the first one first: it is what the next person gets

@@ -199,13 +199,12 @@ def count(ctx: Context, project: int) -> bool:
     settled = ctx.board.counters(project)
     if settled == counters.to_text():
         return False
+    since = settled.rpartition(" ")[2]
+    all_new = bool(settled) and min(_times(rows), default="") > since  # each order of ours changes ten
+    if all_new and len(rows) < counters.tasks:
+        rows, counters = newest(ctx, project, MANY)
     if ctx.board.busy(project):
         return True  # an event came while we asked; the next look compares
-    since = settled.rpartition(" ")[2]
-    if (
-        settled and len(rows) < counters.tasks and min(_times(rows), default="") > since
-    ):  # each order of ours changes ten
-        rows, counters = newest(ctx, project, MANY)
     index = ctx.project(project).index()
     changed = [row for row in rows if row["updated_at"] > since]
     lost = [row["id"] for row in changed if row["id"] not in index or differs(row, index[row["id"]])]

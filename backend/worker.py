@@ -119,6 +119,8 @@ class ResidentWorker(SimpleWorker):
         execution = self.prepare_execution(job)
         with self._beating(job, execution):
             good = self.perform_job(job, queue, execution)
+            if not good:
+                gc.collect()  # what failed is held by its traceback, and may hold a network
             if not self.board.waiting():
                 give_back_memory()
         self.set_state("idle")

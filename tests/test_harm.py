@@ -570,7 +570,7 @@ def test_cleaning_up_that_fails_fails_no_round(slow: Team) -> None:
     assert not slow.backend.context.board.wished(slow.id)
     queue = slow.project.state()["queue"]
     assert title(slow) != queue
-    wait_for(lambda: title(slow) == queue, PUT_OFF + 60, slow.log)
+    wait_for(lambda: title(slow) == queue, PUT_OFF[0] + 60, slow.log)
 
 
 def title(team: Team) -> str:
