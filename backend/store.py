@@ -136,7 +136,7 @@ class Store:
                 every = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
             else:
                 every = self.files.find(path)
-            found = [str(file).removeprefix(self.root + "/") for file in every]
+            found = [str(file).removeprefix(self.root).lstrip("/") for file in every]
             return sorted(key for key in found if not key.endswith(PART))
         return []
 

@@ -21,6 +21,7 @@ from conftest import Backend, Backends
 from numpy.typing import NDArray
 from team import SEG, Team, wait_for
 
+from backend.connection import credentials
 from backend.embedded import Studio, backend_settings
 from backend.enqueue import PUT_OFF
 from backend.generations import take_name
@@ -374,7 +375,7 @@ def test_a_name_that_label_studio_loses_is_given_again(slow: Team, monkeypatch: 
 
     def lose() -> None:
         """What is left when Label Studio saves an ML backend as it was."""
-        patch(slow.studio, backend["id"], title="first-row-0")
+        patch(slow.studio, backend["id"], **credentials(slow.backend.context.settings, slow.id), title="first-row-0")
         slow.studio.patch_project(slow.id, model_version=queue)
 
     def patch_and_lose(studio: LabelStudio, number: int, **fields: object) -> None:
