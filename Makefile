@@ -14,8 +14,9 @@ install: $(VENV)/installed  # the `firstrow` command alone, in .venv/bin
 demo: $(VENV)/installed $(STUDIO)/installed  # the whole loop; DATA=folder, ARGS=--exit
 	$(BIN)/firstrow demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
+# Threads that wait for the next piece of work must not spin: three processes share the cores.
 test: lint $(STUDIO)/installed  # what CI runs; ARGS="-k store"
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check backend model tests
