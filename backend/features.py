@@ -114,7 +114,7 @@ class Pack:
         data = store.map(self.key)
         whole = data is not None and len(data) == 2 * self.kinds.size * self.width
         if data is None or not whole or not self._is_whole(data):
-            store.discard(self.key, store.read(self.key))
+            store.discard(self.key, None if data is None else bytes(data))
             return None
         return self._as_tensor(data, len(self.tasks))
 

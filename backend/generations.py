@@ -68,10 +68,10 @@ def begin(project: Project, number: int) -> bool:
         Whether that was noted before: the round has died, and goes on.
     """
     known = history(project)
-    if again := str(number) in known:
-        return again
-    known[str(number)] = {"published": time.time(), "head": []}
-    project.store.write_json(project.key("generations.json"), known)
+    again = str(number) in known
+    if not again:
+        known[str(number)] = {"published": time.time(), "head": []}
+        project.store.write_json(project.key("generations.json"), known)
     return again
 
 

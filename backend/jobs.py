@@ -34,13 +34,13 @@ from backend.errors import (
 from backend.faults import due_tasks, in_turn
 from backend.features import Held, fit_features, fit_is_stale, held, join_packs, load_fit, useless_packs
 from backend.generations import begin, clean_generations, unfinished, unnamed
-from backend.head import lacks_pixels, learn, useless_pixels
+from backend.head import Model, lacks_pixels, learn, useless_pixels
 from backend.label_config import ProjectConfig
 from backend.learn import is_lost, network_key, train_round, untrained_labels
 from backend.leftovers import delete_leftovers
 from backend.masks import show_masks
 from backend.measure import measure, test_then_train
-from backend.order import NOTHING, kept_scores, ordered, score_shard
+from backend.order import NOTHING, Scored, kept_scores, ordered, score_shard
 from backend.prepare import clusters_name, codebook_is_stale, count_votes, has_map, prepare_task
 from backend.prepare import fit_codebook as fit
 from backend.project import HEAD, Index, Project, TaskRecord, labelled, pool
@@ -265,21 +265,20 @@ def order_at_once(
         ctx.board.finish(project.id, number)
         return
     if len(features.places) > LARGE:
-        queue_shards(ctx, project, index, features, number)
+        wanted = [r.id for r in [*pool(index), *labelled(index)] if r.id in features.places and not r.error]
+        queue_shards(ctx, project, index, sorted(wanted, key=features.places.__getitem__), number, LARGE_SHARD)
         project.store.write_json(project.key("laps.json"), laps.taken)
         return
-    order = partial(ordered, ctx, project, index, config, features, model, NOTHING)
-    places = rank(ctx, project, index, config, order)
-    laps.lap("rank")
-    serve(ctx, project, number, index, index, config, places, show, laps)
+    serve_order(ctx, project, number, index, config, features, model, NOTHING, laps)
 
 
-def queue_shards(ctx: Context, project: Project, index: Index, features: Held, number: int) -> None:
-    """Queue the scoring of a large pool by the head, then the publishing."""
-    wanted = [r.id for r in [*pool(index), *labelled(index)] if r.id in features.places and not r.error]
+def queue_shards(
+    ctx: Context, project: Project, index: Index, tasks: Sequence[int], number: int, size: int = SCORE_SHARD
+) -> None:
+    """Queue the scoring of these tasks, at most `size` a job, then the publishing."""
     shards = []
-    for n, tasks in enumerate(split(sorted(wanted, key=features.places.__getitem__), LARGE_SHARD)):
-        project.save_shard("score", number, n, [index[task] for task in tasks])
+    for n, ids in enumerate(split(tasks, size)):
+        project.save_shard("score", number, n, [index[task] for task in ids])
         shards.append(ctx.board.enqueue("score", project.id, number, n))
     ctx.board.enqueue("publish", project.id, number, after=shards)
 
@@ -292,10 +291,25 @@ def publish_shards(ctx: Context, project: Project, number: int) -> None:
     laps.taken |= project.store.read_json(project.key("laps.json")) or {}
     features = held(ctx, project, fit, index)
     model = learn(ctx, project, index, config, features, number)
-    order = partial(ordered, ctx, project, index, config, features, model, kept_scores(project, number))
+    serve_order(ctx, project, number, index, config, features, model, kept_scores(project, number), laps)
+
+
+def serve_order(
+    ctx: Context,
+    project: Project,
+    number: int,
+    index: Index,
+    config: ProjectConfig,
+    features: Held,
+    model: Model,
+    kept: Scored,
+    laps: Laps,
+) -> None:
+    """Rank the pool by the head, with what is `kept` of its scores, and have Label Studio serve it in that order."""
+    order = partial(ordered, ctx, project, index, config, features, model, kept)
     places = rank(ctx, project, index, config, order)
     laps.lap("rank")
-    show = partial(show_masks, ctx, project, index, fit, model)
+    show = partial(show_masks, ctx, project, index, features.fit, model)
     serve(ctx, project, number, index, index, config, places, show, laps)
 
 
@@ -416,11 +430,7 @@ def queue_scores(ctx: Context, project: Project, index: Index, number: int) -> N
     if not todo and in_force(ctx, project, index, config):
         ctx.board.finish(project.id, number)
         return
-    shards = []
-    for n, ids in enumerate(split(todo, SCORE_SHARD)):
-        project.save_shard("score", number, n, [index[task] for task in ids])
-        shards.append(ctx.board.enqueue("score", project.id, number, n))
-    ctx.board.enqueue("publish", project.id, number, after=shards)
+    queue_shards(ctx, project, index, todo, number)
 
 
 def pictured(ctx: Context, project: Project, config: ProjectConfig) -> set[int]:

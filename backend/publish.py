@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from backend.ahead import ahead
 from backend.coarse_answers import (
     COARSE_COPY,
     SKIPS,
@@ -164,21 +164,18 @@ def move_head(
     served = {**served, "changes": served["changes"] + bool(head)}
     project.store.write_json(project.key("served.json"), served)
 
-    def prelabel(task: int) -> list[dict[str, Any]]:
-        show([task])
-        return regions(project, config, task, state)
+    def prelabels() -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        for task in head:  # the first one first: it is what the next person gets
+            show([task])
+            yield task, regions(project, config, task, state)
 
-    with ThreadPoolExecutor(1) as ahead:  # prelabels are made while Label Studio takes in those before
-        coming = [ahead.submit(copy_context().run, prelabel, task) for task in head]
-        try:
-            for position, (task, prelabels) in enumerate(zip(head, coming, strict=True)):
-                ctx.board.go_on(project.id)  # the first one first: it is what the next person gets
-                result, score = prelabels.result(), head_score(served["changes"], position)
-                row = {"task": task, "result": result, "score": score, "model_version": served["queue"]}
-                if move(ctx, project, [row], served["queue"]):
-                    ctx.studio.create_prediction(task, result, served["queue"], score)
-        finally:
-            ahead.shutdown(cancel_futures=True)
+    with closing(ahead(prelabels())) as made:  # ... while Label Studio takes in those before
+        for position, (task, result) in enumerate(made):
+            ctx.board.go_on(project.id)
+            score = head_score(served["changes"], position)
+            row = {"task": task, "result": result, "score": score, "model_version": served["queue"]}
+            if move(ctx, project, [row], served["queue"]):
+                ctx.studio.create_prediction(task, result, served["queue"], score)
     served["tasks"] = list(dict.fromkeys([*head, *order]))
     project.store.write_json(project.key("served.json"), served)
 

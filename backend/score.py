@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.ahead import ahead
 from backend.context import Context
 from backend.enqueue import progress
 from backend.faults import noted
@@ -29,9 +28,6 @@ from model.strategies import NEEDS
 
 log = logging.getLogger(__name__)
 
-#: Images that are read before the network asks for them.
-AHEAD = 2
-T = TypeVar("T")
 #: The float columns of a score file, in order.
 COLUMNS = NUMBERS
 
@@ -116,15 +112,6 @@ def unscored(project: Project, number: int, index: Index) -> Index:
             if now is not None and not now.error and (now.version, now.image) == (failed.version, failed.image):
                 noted[now.id] = replace(now, error=failed.error, tries=failed.tries, next_try=failed.next_try)
     return noted
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, of which a thread fetches the next ones meanwhile: the network does not wait for files."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
-        pending = deque(reader.submit(next, items, None) for _ in range(AHEAD))
-        while (item := pending.popleft().result()) is not None:
-            pending.append(reader.submit(next, items, None))
-            yield item
 
 
 def inputs(

@@ -84,9 +84,11 @@ class Store:
             return None if data is None else bytearray(data)
         with (
             self._door("read", key) as path,
-            suppress(FileNotFoundError, NotADirectoryError, ValueError),  # an empty file cannot be mapped
+            suppress(FileNotFoundError, NotADirectoryError),
             Path(path).open("rb") as file,
         ):
+            if not os.fstat(file.fileno()).st_size:
+                return bytearray()  # cannot be mapped
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as torch wants it, and nothing is written
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -150,15 +151,16 @@ def seconds_until_noticed(team: Team, change: Callable[[Team], object]) -> float
     """Change something; how long it takes until a round begins."""
     board, began = team.backend.context.board, time.monotonic()
     change(team)
-    wait_for(lambda: board.busy(team.id), NOTICED, team.log)
+    wait_for(lambda: board.busy(team.id), 60, team.log)
     return time.monotonic() - began
 
 
-#: Seconds in which a lost event is noticed at the latest, however busy the machine: a pause, and a look.
-NOTICED = LATEST + 30
+def soon() -> float:
+    """Seconds within which a lost event must be made good: 15 on a quiet machine."""
+    return 15 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def test_a_lost_event_is_made_good_by_the_counters(team: Team, pictures: Pictures) -> None:
+def test_a_lost_event_is_made_good_within_seconds(team: Team, pictures: Pictures) -> None:
     team.settle()
     tasks = set(team.masks)
 
@@ -173,6 +175,7 @@ def test_a_lost_event_is_made_good_by_the_counters(team: Team, pictures: Picture
         for change in (segment, redraw, erase, add, remove):
             before, began = team.backend.round(team.id), time.monotonic()
             noticed = seconds_until_noticed(team, change)
+            assert noticed < soon()
             team.backend.wait(team.id, before)
             log.info(
                 "%s: noticed after %.1f s, an order after %.1f", change.__name__, noticed, time.monotonic() - began
@@ -221,11 +224,12 @@ def test_lost_changes_of_the_label_config_are_noticed_and_what_came_after_a_fail
     with unheard(team):
         unusable = config[:end] + more + config[end:]
         changed = seconds_until_noticed(team, lambda team: team.studio.patch_project(team.id, label_config=unusable))
+        assert changed < soon()
         log.info("label config: noticed after %.1f s", changed)
         wait_for(lambda: not board.busy(team.id), 60, team.log)
         assert "several controls for masks" in (board.error(team.id) or {})["message"]
         assert board.wished(team.id)
-        seconds_until_noticed(team, repair)
+        assert seconds_until_noticed(team, repair) < soon()
         team.settle()
         assert team.project.index()[task].stage == "full"
     assert board.error(team.id) is None
@@ -534,7 +538,8 @@ def test_a_lost_event_is_made_good_while_a_failed_round_waits_for_its_next_try(s
     task, before = slow.ranking()[-1], slow.backend.round(slow.id)
     with unheard(slow):
         slow.segment(task)
-        wait_for(lambda: slow.project.index()[task].stage == "full", NOTICED, slow.log)
+        board.redis.delete(f"firstrow:{slow.id}:counting")  # a look that was slow, on a busy machine, has a long pause
+        wait_for(lambda: slow.project.index()[task].stage == "full", soon(), slow.log)
         slow.backend.wait(slow.id, before, 60)
         slow.settle()
 
